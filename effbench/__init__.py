@@ -1,0 +1,1 @@
+"""effbench: one honest row per compressed language model."""

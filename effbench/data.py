@@ -1,0 +1,193 @@
+"""The only door to text. What is handed out for calibration and training is counted.
+
+A `Text` is a stream of token ids that is cut in two: the evaluation part, which only the harness reads, and the
+calibration part, which techniques may read through `Data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from effbench.errors import TextError, UnfitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from effbench.technique import System
+
+CALIBRATION_SHARE = 0.25
+"""How much of a user's only text is kept for calibration and training; the rest is evaluated."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids to be scored: non-overlapping windows, each predicted from its own tokens only.
+
+    `kinds`, one number a token, says what sort of token it is where the text knows (see `kind_names`);
+    `bytes_scored` are the UTF-8 bytes of all tokens but the first of each window.
+    """
+
+    ids: list[np.ndarray]
+    bytes_scored: int
+    kinds: list[np.ndarray] | None = None
+    kind_names: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the tokens."""
+        return hashlib.sha256(b"".join(window.astype(np.int64).tobytes() for window in self.ids)).hexdigest()[:16]
+
+
+class Source(Protocol):
+    """Where text comes from."""
+
+    def evaluation(self, length: int, limit: int | None) -> Windows:
+        """Up to `limit` windows of up to `length` tokens from the part that techniques never see."""
+
+    def training(self, count: int, length: int, seed: int) -> np.ndarray:
+        """Token ids (count, length) from the part that techniques may see."""
+
+
+class WorldSource:
+    """The synthetic world's streams: endless for training, a fixed held-out one for evaluation."""
+
+    rows = 256
+    """Held-out rows that are scored unless a limit is given; they resolve a paired difference of 0.001 nats."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from effbench.reference.world import HELDOUT_SEED, KINDS, TRAIN_SEED, World
+
+        self._world, self._kinds = World(), tuple(KINDS)
+        self._train_seed, self._heldout_seed = TRAIN_SEED, HELDOUT_SEED
+        self._tokenizer = tokenizer
+
+    def evaluation(self, length: int, limit: int | None) -> Windows:
+        stream = self._world.stream(min(limit or self.rows, self.rows), length, self._heldout_seed)
+        words = np.array([len(word.encode()) + 1 for word in self._world.vocabulary])
+        ids = [row.astype(np.int64) for row in stream.ids]
+        scored = int(sum(words[row[1:]].sum() for row in ids))
+        return Windows(ids, scored, list(stream.kinds), self._kinds)
+
+    def training(self, count: int, length: int, seed: int) -> np.ndarray:
+        return self._world.stream(count, length, self._train_seed + 1 + seed).ids.astype(np.int64)
+
+
+class FileSource:
+    """A user's text: `.txt` as one stream, `.jsonl` as the stream of its `text` fields, joined by a blank line.
+
+    Without a second file for calibration the first quarter of the documents (of the tokens, if there is only one)
+    is set apart for it.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, calibration: Path | None = None) -> None:
+        documents = read_documents(path)
+        if calibration is not None:
+            self._evaluation = self._encode(documents, tokenizer, path)
+            self._training = self._encode(read_documents(calibration), tokenizer, calibration)
+        elif len(documents) > 3:
+            cut = max(1, int(len(documents) * CALIBRATION_SHARE))
+            self._training = self._encode(documents[:cut], tokenizer, path)
+            self._evaluation = self._encode(documents[cut:], tokenizer, path)
+        else:
+            ids = self._encode(documents, tokenizer, path)
+            cut = int(len(ids) * CALIBRATION_SHARE)
+            self._training, self._evaluation = ids[:cut], ids[cut:]
+        self._tokenizer = tokenizer
+        self.path = path
+
+    @staticmethod
+    def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, path: Path) -> np.ndarray:
+        text = "\n\n".join(documents)
+        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+        if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
+            unknown = next((w for w in text.split() if tokenizer.unk_token_id in tokenizer.encode(w)), "")
+            raise TextError(
+                f"{path} holds words outside the model's vocabulary, {unknown!r} for one; scoring unknown words "
+                "would say nothing. Use this model with its own text (leave --text out), or another model"
+            )
+        return ids
+
+    def evaluation(self, length: int, limit: int | None) -> Windows:
+        ids = self._evaluation
+        windows = [ids[start : start + length] for start in range(0, len(ids), length)][:limit]
+        windows = [window for window in windows if len(window) > 1]
+        if not windows:
+            raise TextError(f"{self.path} has too few tokens to score ({len(ids)}); give a longer text")
+        scored = sum(len(self._tokenizer.decode(window[1:]).encode()) for window in windows)
+        return Windows(windows, scored)
+
+    def training(self, count: int, length: int, seed: int) -> np.ndarray:
+        if len(self._training) < 2:
+            raise UnfitError("needs calibration text and the text given is too short; use --calibration FILE")
+        ids = self._training
+        if len(ids) < length:
+            ids = np.resize(ids, length)
+        starts = np.random.default_rng(seed).integers(0, len(ids) - length + 1, count)
+        return np.stack([ids[start : start + length] for start in starts])
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a `.txt` or `.jsonl` file.
+
+    Raises `TextError` where it is missing, empty or of another form.
+    """
+    if not path.is_file():
+        raise TextError(f"no text file {path}; give the path of a .txt or .jsonl file")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise TextError(f"text must be a .txt file, or a .jsonl file with a \"text\" in each line; got {path.name}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines() if path.suffix == ".jsonl" else []
+        documents = [json.loads(line)["text"] for line in lines if line.strip()] if lines else [text]
+    except UnicodeDecodeError:
+        raise TextError(f"{path} is not UTF-8 text; convert it first") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise TextError(f'{path} must have one JSON object with a "text" in each line, and has a line without') from None
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{path} is empty; give a file with text in it")
+    return documents
+
+
+@dataclass
+class Data:
+    """What a technique is given: calibration and training text, and other models by name.
+
+    `tokens` counts what was handed out. Without a source, asking for text raises `UnfitError`.
+    """
+
+    source: Source | None
+    context: int
+    load: Callable[[str], System]
+    seed: int = 0
+    tokens: int = field(default=0, init=False)
+
+    def calibration(self, samples: int = 128, length: int | None = None) -> Tensor:
+        """Token ids (samples, length) from the calibration split; the model's context unless a length is given."""
+        return self._take(samples, length, self.seed)
+
+    def batches(self, steps: int, batch_size: int, length: int | None = None) -> Iterator[Tensor]:
+        """`steps` batches of token ids (batch_size, length) from the training split, drawn anew each time."""
+        for step in range(steps):
+            yield self._take(batch_size, length, 1_000_003 * (self.seed + 1) + step)
+
+    def model(self, name: str) -> System:
+        """Another model by name, dense, in the run's dtype and on its device."""
+        return self.load(name)
+
+    def _take(self, count: int, length: int | None, seed: int) -> Tensor:
+        import torch
+
+        if self.source is None:
+            raise UnfitError("needs calibration text and none was given; use --text FILE or --calibration FILE")
+        ids = torch.from_numpy(self.source.training(count, min(length or self.context, self.context), seed))
+        self.tokens += ids.numel()
+        return ids

@@ -1,0 +1,186 @@
+"""From a name to a system: an embedded reference model, a local folder, a saved system, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effbench import reference
+from effbench.errors import ModelError
+from effbench.registry import suggest
+
+if TYPE_CHECKING:
+    import torch
+
+    from effbench.technique import System
+
+SAVED = "effbench.json"
+"""The file that marks a folder as a saved system (see `effbench.store`)."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a user allows a model's folder to do; nothing, unless asked."""
+
+    pickle: bool = False
+    remote_code: bool = False
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` is an embedded model, with or without a variant such as `@outliers`."""
+    return name.partition("@")[0] in reference.NAMES
+
+
+def check(name: str, trust: Trust = Trust()) -> None:
+    """Look at a model without loading it; neither torch nor transformers is imported for a local one.
+
+    Raises `ModelError` for what cannot be loaded: an unknown name, a folder without config or weights, pickled
+    weights, weights cut short.
+    """
+    base, _, variant = name.partition("@")
+    if base in reference.NAMES:
+        if variant not in ("", "outliers"):
+            raise ModelError(f"no variant {variant!r} of {base}; there is {base}@outliers")
+        return
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, trust)
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.exists():
+        hint = suggest(name, list(reference.NAMES))
+        known = ", ".join(reference.NAMES)
+        raise ModelError(
+            f"no model {name!r}{hint}; give an embedded model ({known}), a folder with a transformers checkpoint, "
+            "or a hub id of the form owner/name"
+        )
+    else:
+        _check_hub(name)
+
+
+def _check_folder(folder: Path, trust: Trust) -> None:
+    if (folder / SAVED).is_file():
+        weights = sorted(folder.glob("**/*.safetensors"))
+    else:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; give a folder that save_pretrained or `effbench apply` wrote")
+        weights = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
+    if not weights and not pickled:
+        raise ModelError(f"{folder} has no weights; expected *.safetensors beside config.json")
+    if not weights and not trust.pickle:
+        raise ModelError(
+            f"{folder} has only pickled weights ({pickled[0].name}), which can run any code when loaded; convert "
+            "them to safetensors, or pass --allow-pickle if you trust them"
+        )
+    for path in weights:
+        _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header must be readable and the file as long as it says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (struct.error, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} is not a safetensors file or its header is corrupt; fetch it again") from None
+    if size != expected:
+        raise ModelError(f"{path} is cut short: {size:,} bytes instead of {expected:,}; fetch it again")
+
+
+def _check_hub(name: str) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        from huggingface_hub import HfApi
+
+        HfApi().model_info(name, timeout=5)
+    except Exception as reason:
+        raise ModelError(
+            f"{name} is neither a folder here nor in the local cache, and the hub does not give it "
+            f"({type(reason).__name__}); check the name and the network, or give a local folder"
+        ) from None
+
+
+def load(
+    name: str,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "cpu",
+    trust: Trust = Trust(),
+) -> System:
+    """The system called `name`; a checkpoint comes dense in `dtype`, a saved system in the dtype it was saved in.
+
+    Raises `ModelError` as `check` does, and for float16 on a CPU.
+    """
+    import torch
+
+    check(name, trust)
+    kind = resolve_dtype(dtype)
+    if kind == torch.float16 and torch.device(device).type == "cpu":
+        raise ModelError(
+            "float16 on a CPU is up to 14 times slower than bfloat16, since CPUs lack its arithmetic, so any row "
+            "would mislead; use --dtype bfloat16 or float32"
+        )
+    base, _, variant = name.partition("@")
+    if base in reference.NAMES:
+        system = _load_checkpoint(str(reference.folder(base)), kind, device, Trust())
+        if variant == "outliers":
+            from effbench.reference.outliers import inject
+
+            inject(system.model)
+        return system
+    if (Path(name).expanduser() / SAVED).is_file():
+        from effbench import store
+
+        return store.load(Path(name).expanduser(), device)
+    return _load_checkpoint(name, kind, device, trust)
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`bfloat16`, `float16` or `float32`, also by their short names.
+
+    Raises `ModelError` for another word.
+    """
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+    }
+    if dtype not in known:
+        raise ModelError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    return known[dtype]
+
+
+def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -> System:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from effbench.technique import System
+
+    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    options = {"trust_remote_code": trust.remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=None if trust.pickle else True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as reason:
+        text = str(reason).strip().splitlines() or [type(reason).__name__]
+        advice = "pass --trust-remote-code if you trust it" if "trust_remote_code" in str(reason) else "check its files"
+        raise ModelError(f"{name} cannot be loaded: {text[0].rstrip('.')}; {advice}") from None
+    return System.dense(model.to(device).eval(), tokenizer)

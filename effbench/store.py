@@ -1,0 +1,200 @@
+"""A system on disk: safetensors for what is stored, JSON for the structure. Loading runs no pickle and no code
+from the folder.
+
+    effbench.json          pipeline, cache and decoding policies, the parts' names
+    tokenizer files        as transformers writes them
+    model/                 config.json, structure.json, weights.safetensors
+    parts/<name>/          the same for each part
+
+`structure.json` names the modules in which the model differs from what its config builds, by class and options.
+Classes are looked up by name, and only in effbench and in registered techniques.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from effbench.errors import ModelError
+from effbench.models import SAVED
+from effbench.registry import entries
+from effbench.technique import CachePolicy, DecodingPolicy, System
+from effbench.toolbox.stored import StoredModule
+from effbench.toolbox.walk import replace_module
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+
+
+def save(system: System, folder: Path, pipeline: str) -> None:
+    """Write `system` to `folder`, all or nothing: it is built beside and renamed when complete.
+
+    Raises `ModelError` for a system with modules or policies that cannot be written down.
+    """
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    _save_model(system.model, beside / "model")
+    for name, part in system.parts.items():
+        _save_model(part, beside / "parts" / name)
+    system.tokenizer.save_pretrained(beside)
+    content = {
+        "format": FORMAT,
+        "pipeline": pipeline,
+        "new_cache": _describe(system.new_cache),
+        "generate": _describe(system.generate),
+        "parts": sorted(system.parts),
+    }
+    (beside / SAVED).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+
+
+def load(folder: Path, device: Any = "cpu") -> System:
+    """The system that `save` wrote.
+
+    Raises `ModelError` for another format or for classes that are not effbench's.
+    """
+    try:
+        content = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ModelError(f"{folder} is in format {content['format']}; this effbench reads format {FORMAT}")
+        model = _load_model(folder / "model", device)
+        cache = _rebuild(content["new_cache"], CachePolicy, config=model.config)
+        generate = _rebuild(content["generate"], DecodingPolicy)
+        parts = {name: _load_model(folder / "parts" / name, device) for name in content["parts"]}
+    except (OSError, KeyError, json.JSONDecodeError) as reason:
+        raise ModelError(f"{folder} is not a whole saved system ({reason}); save it again") from reason
+    return System(model, AutoTokenizer.from_pretrained(folder), cache, generate, parts)
+
+
+def pipeline_of(folder: Path) -> str:
+    """The pipeline by which a saved system was made."""
+    return str(json.loads((folder / SAVED).read_text(encoding="utf-8"))["pipeline"])
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    first: dict[int, str] = {}
+    shared, unique = {}, {}
+    for name, tensor in _tensors(model):
+        if id(tensor) in first:
+            shared[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            unique[name] = tensor.detach().contiguous()
+    structure = {**_structure(model), "shared": shared}
+    (folder / "structure.json").write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
+    save_file(unique, folder / WEIGHTS)
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """What the config alone does not say: the model's dtype and the modules of another class or shape."""
+    with torch.device("meta"):
+        plain = dict(AutoModelForCausalLM.from_config(model.config).named_modules())
+    changed: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(done + ".") for done in changed):
+            continue
+        twin = plain.get(name)
+        if twin is None or type(module) is not type(twin) or _shapes(module) != _shapes(twin):
+            changed[name] = {"class": _class_name(type(module)), "options": _options(name, module)}
+    return {"dtype": str(model.dtype).removeprefix("torch."), "modules": changed}
+
+
+def _shapes(module: nn.Module) -> list[Any]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [(name, tuple(tensor.shape)) for name, tensor in own]
+
+
+def _options(name: str, module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, StoredModule):
+        return module.options
+    if type(module) is nn.Linear:
+        bias = module.bias is not None
+        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+    raise ModelError(
+        f"{name} is a {type(module).__name__}, which cannot be written down; derive it from effbench.toolbox.StoredModule"
+    )
+
+
+def _load_model(folder: Path, device: Any) -> nn.Module:
+    structure = json.loads((folder / "structure.json").read_text(encoding="utf-8"))
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, structure["dtype"]))
+        for name, module in structure["modules"].items():
+            replace_module(model, name, _class(module["class"], nn.Module)(**module["options"]))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    tensors = load_file(folder / WEIGHTS, device=str(device))
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor)
+    for name, first in structure["shared"].items():
+        _assign(model, name, model.get_parameter(first))
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if left:
+        raise ModelError(f"{folder / WEIGHTS} lacks {left[0]}, which its structure names; save the system again")
+    return model.eval()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """All parameters and buffers, shared ones under each of their names, unsaved buffers too."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf in parent._parameters:
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        parent._parameters[leaf] = tensor
+    elif leaf in parent._buffers:
+        parent._buffers[leaf] = tensor
+    else:
+        raise ModelError(f"a saved tensor is called {name}, which its structure does not name; save the system again")
+
+
+def _describe(policy: Any) -> dict[str, Any]:
+    if not isinstance(policy, CachePolicy | DecodingPolicy):
+        raise ModelError(
+            f"a {type(policy).__name__} cannot be saved; derive cache policies from CachePolicy and decoding "
+            "policies from DecodingPolicy"
+        )
+    return {"class": _class_name(type(policy)), "options": policy.options}
+
+
+def _rebuild(content: dict[str, Any], kind: type, **more: Any) -> Any:
+    return _class(content["class"], kind)(**content["options"], **more)
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class(name: str, kind: type) -> Any:
+    """The class called `module:name`, if its module is ours and it is a `kind`.
+
+    Raises `ModelError` for any other: a folder must not be able to name arbitrary code.
+    """
+    module, _, qualified = name.partition(":")
+    allowed = module in ("effbench.technique", "torch.nn.modules.linear") or module.startswith("effbench.toolbox.")
+    if not allowed and module not in {entry.module for entry in entries().values()}:
+        raise ModelError(f"{name} is not part of effbench or of a registered technique; it is not loaded")
+    found = getattr(import_module(module), qualified, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ModelError(f"{name} is not a {kind.__name__}; it is not loaded")
+    return found

@@ -1,0 +1,1 @@
+"""What a technique's author may reuse."""

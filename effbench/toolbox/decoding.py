@@ -1,0 +1,83 @@
+"""Plain decoding: one token for each pass over the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+
+@dataclass
+class Generation:
+    """What a decoding policy gives back.
+
+    `ids` (batch, prompt + new) are all tokens, stop tokens included; a text that ended early is padded with its
+    stop token. `passes` counts passes over the target model after the prompt. `proposed` and `accepted` count
+    drafted tokens; both are 0 where nothing is drafted.
+    """
+
+    ids: Tensor
+    passes: int
+    proposed: int = 0
+    accepted: int = 0
+
+
+def forward(model: nn.Module, ids: Tensor, cache: Cache, start: int) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), the first of which stands at place `start`.
+
+    Positions are passed explicitly, since an evicting cache no longer knows them.
+    """
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    logits: Tensor = output.logits
+    return logits
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """The distribution that is sampled from, in float32; a point mass on the best token at temperature 0."""
+    logits = logits.float()
+    if temperature == 0.0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return torch.softmax(logits / temperature, -1)
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One token (batch, 1) from logits (batch, vocabulary)."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial(probabilities(logits, temperature), 1, generator=generator)
+
+
+@torch.inference_mode()
+def plain_decode(
+    model: nn.Module,
+    cache: Cache,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+) -> Generation:
+    """Continue `ids` (batch, tokens) through `cache`, which must be empty, token by token."""
+    generator = torch.Generator(device=ids.device).manual_seed(seed)
+    ends = torch.tensor(list(stop), device=ids.device, dtype=ids.dtype)
+    ended = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
+    pieces, length = [ids], ids.shape[1]
+    logits = forward(model, ids, cache, 0)[:, -1]
+    passes = 0
+    for step in range(max_new_tokens):
+        token = draw(logits, temperature, generator)
+        if stop:
+            token = torch.where(ended, pieces[-1][:, -1:], token)
+            ended = ended | torch.isin(token, ends)
+        pieces.append(token)
+        if step + 1 == max_new_tokens or (stop and bool(ended.all())):
+            break
+        logits = forward(model, token, cache, length)[:, -1]
+        length += 1
+        passes += 1
+    return Generation(torch.cat(pieces, 1), passes)
