@@ -1,0 +1,90 @@
+"""Every column of every table: its name, unit, which way is better, whether it is exact, and what it says.
+
+An exact column is the same each time the same code measures the same thing; a noisy one is a timing or a peak and is
+compared with an interval. Columns of the form `name/part` (a task, a kind of token) follow the column `name`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `better` is "lower", "higher" or "" where neither is better in itself."""
+
+    name: str
+    unit: str
+    better: str
+    exact: bool
+    digits: int
+    meaning: str
+    derived: bool = False
+    title: str = ""
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("perplexity", "", "lower", True, 3, "exp of the mean nats per token of the held-out text", title="ppl"),
+    Column("nll_per_token", "nats", "lower", True, 4, "mean negative log-likelihood of a token", title="nats"),
+    Column(
+        "nll_difference",
+        "nats",
+        "lower",
+        True,
+        4,
+        "nats per token above dense, paired over the same windows",
+        derived=True,
+        title="Δnats",
+    ),
+    Column(
+        "nll_difference_stderr", "nats", "", True, 4, "standard error of the paired difference", derived=True, title="±"
+    ),
+    Column("bits_per_byte", "bits", "lower", True, 4, "bits needed for a byte of text; comparable across tokenizers"),
+    Column("accuracy", "", "higher", True, 3, "mean accuracy over the tasks", title="acc"),
+    Column("accuracy_stderr", "", "", True, 3, "standard error of the mean accuracy", derived=True, title="±"),
+    Column("accuracy_chance", "", "", True, 3, "mean accuracy of guessing", title="chance"),
+    Column("kl_to_dense", "nats", "lower", True, 4, "mean KL(dense || this) per token", title="KL"),
+    Column("top1_agreement", "", "higher", True, 3, "share of tokens with the same best next token as dense"),
+    Column("prefill_seconds", "s", "lower", False, 4, "from the prompt to the first new token", title="prefill"),
+    Column("prefill_speedup", "x", "higher", False, 2, "dense prefill time / this, interleaved rounds", derived=True),
+    Column(
+        "decode_seconds_per_token", "s", "lower", False, 5, "time of one new token after the first", title="decode/token"
+    ),
+    Column(
+        "decode_speedup",
+        "x",
+        "higher",
+        False,
+        2,
+        "dense decode time / this, interleaved rounds",
+        derived=True,
+        title="decode x",
+    ),
+    Column("decode_speedup_low", "x", "", False, 2, "lower end of its 95 % interval", derived=True),
+    Column("decode_speedup_high", "x", "", False, 2, "upper end of its 95 % interval", derived=True),
+    Column(
+        "tokens_per_pass", "", "higher", True, 2, "new tokens for each pass over the target model", title="tokens/pass"
+    ),
+    Column("acceptance_rate", "", "higher", True, 3, "share of drafted tokens that were accepted"),
+    Column("peak_bytes", "bytes", "lower", False, 1, "peak resident memory of the process that runs it", title="peak"),
+    Column("peak_growth_bytes", "bytes", "lower", False, 1, "that peak above the empty process", title="peak growth"),
+    Column("peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator"),
+    Column("stored_bytes", "bytes", "lower", True, 2, "unique storages of all parameters and buffers", title="stored"),
+    Column("bits_per_weight", "bits", "lower", True, 2, "stored bits per weight of the changed matrices", title="bits/w"),
+    Column("promised_bits_per_weight", "bits", "", True, 2, "what the options promise of them", title="promised"),
+    Column("bits_per_weight_model", "bits", "lower", True, 2, "all stored bits per parameter of the dense model"),
+    Column("compressed_share", "", "", True, 3, "share of the matrix parameters that were changed", title="share"),
+    Column("cache_bytes_per_token", "bytes", "lower", True, 0, "bytes held by the filled cache per token fed", title="KV/token"),
+    Column("joules_per_token", "J", "lower", False, 4, "energy of a decoded token, by a hardware counter", title="J/token"),
+    Column("cost_seconds", "s", "lower", False, 1, "time of applying the pipeline", title="apply"),
+    Column("cost_peak_bytes", "bytes", "lower", False, 1, "peak resident memory while applying"),
+    Column("cost_tokens", "tokens", "lower", True, 0, "tokens of text that applying has read"),
+    Column("cost_joules", "J", "lower", False, 1, "energy of applying, by a hardware counter"),
+)
+
+BY_NAME: dict[str, Column] = {column.name: column for column in COLUMNS}
+
+
+def column(name: str) -> Column | None:
+    """The column `name`; for `accuracy/piqa` the column `accuracy`. `None` for an unknown one."""
+    return BY_NAME.get(name.partition("/")[0])
