@@ -48,7 +48,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("prefill_seconds", "s", "lower", False, 4, "from the prompt to the first new token", title="prefill"),
     Column("prefill_speedup", "x", "higher", False, 2, "dense prefill time / this, interleaved rounds", derived=True),
     Column(
-        "decode_seconds_per_token", "s", "lower", False, 5, "time of one new token after the first", title="decode/token"
+        "decode_seconds_per_token", "s", "lower", False, 5, "time of one further token", title="decode/token"
     ),
     Column(
         "decode_speedup",
@@ -70,12 +70,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("peak_growth_bytes", "bytes", "lower", False, 1, "that peak above the empty process", title="peak growth"),
     Column("peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator"),
     Column("stored_bytes", "bytes", "lower", True, 2, "unique storages of all parameters and buffers", title="stored"),
-    Column("bits_per_weight", "bits", "lower", True, 2, "stored bits per weight of the changed matrices", title="bits/w"),
+    Column("bits_per_weight", "bits", "lower", True, 2, "stored bits per weight of changed matrices", title="bits/w"),
     Column("promised_bits_per_weight", "bits", "", True, 2, "what the options promise of them", title="promised"),
     Column("bits_per_weight_model", "bits", "lower", True, 2, "all stored bits per parameter of the dense model"),
     Column("compressed_share", "", "", True, 3, "share of the matrix parameters that were changed", title="share"),
-    Column("cache_bytes_per_token", "bytes", "lower", True, 0, "bytes held by the filled cache per token fed", title="KV/token"),
-    Column("joules_per_token", "J", "lower", False, 4, "energy of a decoded token, by a hardware counter", title="J/token"),
+    Column("cache_bytes_per_token", "bytes", "lower", True, 0, "bytes of the filled cache per token", title="KV/token"),
+    Column("joules_per_token", "J", "lower", False, 4, "energy of a new token, by a counter", title="J/token"),
     Column("cost_seconds", "s", "lower", False, 1, "time of applying the pipeline", title="apply"),
     Column("cost_peak_bytes", "bytes", "lower", False, 1, "peak resident memory while applying"),
     Column("cost_tokens", "tokens", "lower", True, 0, "tokens of text that applying has read"),

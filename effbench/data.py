@@ -81,55 +81,53 @@ class WorldSource:
 
 
 class FileSource:
-    """A user's text: `.txt` as one stream, `.jsonl` as the stream of its `text` fields, joined by a blank line.
+    """A user's text. Without a second file for calibration the first quarter of it is set apart for that.
 
-    Without a second file for calibration the first quarter of the documents (of the tokens, if there is only one)
-    is set apart for it.
+    A `.txt` file is one stream, cut into windows, as in the papers' protocol. In a `.jsonl` file each `text` is a
+    document of its own: it starts with what the tokenizer starts a text with, and only a long one is cut.
     """
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, calibration: Path | None = None) -> None:
-        documents = read_documents(path)
+        self.path, self._tokenizer = path, tokenizer
+        self._evaluation = self._encode(path)
         if calibration is not None:
-            self._evaluation = self._encode(documents, tokenizer, path)
-            self._training = self._encode(read_documents(calibration), tokenizer, calibration)
-        elif len(documents) > 3:
-            cut = max(1, int(len(documents) * CALIBRATION_SHARE))
-            self._training = self._encode(documents[:cut], tokenizer, path)
-            self._evaluation = self._encode(documents[cut:], tokenizer, path)
+            self._training = np.concatenate(self._encode(calibration))
+        elif len(self._evaluation) > 1:
+            cut = max(1, int(len(self._evaluation) * CALIBRATION_SHARE))
+            self._training = np.concatenate(self._evaluation[:cut])
+            self._evaluation = self._evaluation[cut:]
         else:
-            ids = self._encode(documents, tokenizer, path)
-            cut = int(len(ids) * CALIBRATION_SHARE)
-            self._training, self._evaluation = ids[:cut], ids[cut:]
-        self._tokenizer = tokenizer
-        self.path = path
+            cut = int(len(self._evaluation[0]) * CALIBRATION_SHARE)
+            self._training, self._evaluation = self._evaluation[0][:cut], [self._evaluation[0][cut:]]
 
-    @staticmethod
-    def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, path: Path) -> np.ndarray:
-        text = "\n\n".join(documents)
-        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-        if tokenizer.unk_token_id is not None and (ids == tokenizer.unk_token_id).any():
-            unknown = next((w for w in text.split() if tokenizer.unk_token_id in tokenizer.encode(w)), "")
-            raise TextError(
-                f"{path} holds words outside the model's vocabulary, {unknown!r} for one; scoring unknown words "
-                "would say nothing. Use this model with its own text (leave --text out), or another model"
-            )
-        return ids
+    def _encode(self, path: Path) -> list[np.ndarray]:
+        """The token ids of each document."""
+        documents, stream, unknown = read_documents(path), path.suffix == ".txt", self._tokenizer.unk_token_id
+        encoded = []
+        for text in documents:
+            ids = np.array(self._tokenizer(text, add_special_tokens=not stream, verbose=False)["input_ids"], np.int64)
+            if unknown is not None and (ids == unknown).any():
+                words = (word for word in text.split() if unknown in self._tokenizer.encode(word))
+                raise TextError(
+                    f"{path} holds words outside the model's vocabulary, {next(words, '')!r} for one; scoring unknown "
+                    "words would say nothing. Leave --text out (the reference models bring their own), or give "
+                    "another model"
+                )
+            encoded.append(ids)
+        return encoded
 
     def evaluation(self, length: int, limit: int | None) -> Windows:
-        ids = self._evaluation
-        windows = [ids[start : start + length] for start in range(0, len(ids), length)][:limit]
-        windows = [window for window in windows if len(window) > 1]
+        windows = [ids[start : start + length] for ids in self._evaluation for start in range(0, len(ids), length)]
+        windows = [window for window in windows if len(window) > 1][:limit]
         if not windows:
-            raise TextError(f"{self.path} has too few tokens to score ({len(ids)}); give a longer text")
+            raise TextError(f"{self.path} has too few tokens to score; give a longer text")
         scored = sum(len(self._tokenizer.decode(window[1:]).encode()) for window in windows)
         return Windows(windows, scored)
 
     def training(self, count: int, length: int, seed: int) -> np.ndarray:
         if len(self._training) < 2:
             raise UnfitError("needs calibration text and the text given is too short; use --calibration FILE")
-        ids = self._training
-        if len(ids) < length:
-            ids = np.resize(ids, length)
+        ids = self._training if len(self._training) >= length else np.resize(self._training, length)
         starts = np.random.default_rng(seed).integers(0, len(ids) - length + 1, count)
         return np.stack([ids[start : start + length] for start in starts])
 
@@ -150,7 +148,7 @@ def read_documents(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise TextError(f"{path} is not UTF-8 text; convert it first") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise TextError(f'{path} must have one JSON object with a "text" in each line, and has a line without') from None
+        raise TextError(f'{path} must have a JSON object with a "text" in each line, and has a line without') from None
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise TextError(f"{path} is empty; give a file with text in it")

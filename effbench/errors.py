@@ -7,6 +7,7 @@
     │   ├── TextError           no such text, an empty one, words outside a closed vocabulary
     │   ├── TaskError           no such task
     │   └── RecordError         a folder that cannot be written, a record that cannot be read
+    ├── PackageError            an optional package is missing; the message says which to install
     ├── UnfitError              a technique cannot be applied to this system; the reason becomes the row
     └── WorkerError             a worker process could not be started
 """
@@ -38,6 +39,10 @@ class TaskError(UsageError):
 
 class RecordError(UsageError):
     """A results folder cannot be written, or what lies in it cannot be read."""
+
+
+class PackageError(EffbenchError):
+    """A technique needs a package that is not installed."""
 
 
 class UnfitError(EffbenchError):

@@ -14,11 +14,21 @@ from effbench.registry import suggest
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from effbench.technique import System
 
 SAVED = "effbench.json"
 """The file that marks a folder as a saved system (see `effbench.store`)."""
+
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +39,16 @@ class Trust:
     remote_code: bool = False
 
 
+CAREFUL = Trust()
+"""Nothing is allowed."""
+
+
 def is_reference(name: str) -> bool:
     """Whether `name` is an embedded model, with or without a variant such as `@outliers`."""
     return name.partition("@")[0] in reference.NAMES
 
 
-def check(name: str, trust: Trust = Trust()) -> None:
+def check(name: str, trust: Trust = CAREFUL) -> None:
     """Look at a model without loading it; neither torch nor transformers is imported for a local one.
 
     Raises `ModelError` for what cannot be loaded: an unknown name, a folder without config or weights, pickled
@@ -64,7 +78,8 @@ def _check_folder(folder: Path, trust: Trust) -> None:
         weights = sorted(folder.glob("**/*.safetensors"))
     else:
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json; give a folder that save_pretrained or `effbench apply` wrote")
+            made = "save_pretrained or `effbench apply` wrote"
+            raise ModelError(f"{folder} has no config.json; give a folder that {made}")
         weights = sorted(folder.glob("*.safetensors"))
     pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
     if not weights and not pickled:
@@ -115,7 +130,7 @@ def load(
     name: str,
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device = "cpu",
-    trust: Trust = Trust(),
+    trust: Trust = CAREFUL,
 ) -> System:
     """The system called `name`; a checkpoint comes dense in `dtype`, a saved system in the dtype it was saved in.
 
@@ -124,12 +139,9 @@ def load(
     import torch
 
     check(name, trust)
-    kind = resolve_dtype(dtype)
-    if kind == torch.float16 and torch.device(device).type == "cpu":
-        raise ModelError(
-            "float16 on a CPU is up to 14 times slower than bfloat16, since CPUs lack its arithmetic, so any row "
-            "would mislead; use --dtype bfloat16 or float32"
-        )
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    check_dtype(name_of_dtype, torch.device(device).type)
+    kind: torch.dtype = getattr(torch, DTYPES[name_of_dtype])
     base, _, variant = name.partition("@")
     if base in reference.NAMES:
         system = _load_checkpoint(str(reference.folder(base)), kind, device, Trust())
@@ -145,30 +157,27 @@ def load(
     return _load_checkpoint(name, kind, device, trust)
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """`bfloat16`, `float16` or `float32`, also by their short names.
-
-    Raises `ModelError` for another word.
-    """
-    import torch
-
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known = {
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-        "float32": torch.float32,
-        "fp32": torch.float32,
-    }
-    if dtype not in known:
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises `ModelError` for a word that is no dtype, and for float16 on a CPU."""
+    if dtype not in DTYPES:
         raise ModelError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    return known[dtype]
+    if DTYPES[dtype] == "float16" and device == "cpu":
+        raise ModelError(
+            "float16 on a CPU is up to 14 times slower than bfloat16, since CPUs lack its arithmetic, so any row "
+            "would mislead; use --dtype bfloat16 or float32"
+        )
+
+
+def load_tokenizer(path: str, trust: Trust = CAREFUL) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id, without its model."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust.remote_code)
+    return tokenizer
 
 
 def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -> System:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from effbench.technique import System
 
@@ -178,7 +187,7 @@ def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=None if trust.pickle else True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = load_tokenizer(path, trust)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as reason:
         text = str(reason).strip().splitlines() or [type(reason).__name__]
         advice = "pass --trust-remote-code if you trust it" if "trust_remote_code" in str(reason) else "check its files"

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench.errors import TechniqueError
+from effbench.errors import PackageError, TechniqueError
 
 if TYPE_CHECKING:
     from effbench.technique import Technique
@@ -85,7 +85,8 @@ def suggest(word: str, known: Sequence[str]) -> str:
 def get(name: str) -> type[Technique]:
     """The technique's class; only its own module is imported.
 
-    Raises `TechniqueError` for an unknown name, a missing optional package, or a module without a technique.
+    Raises `TechniqueError` for an unknown name or a module without a technique, `PackageError` for a missing
+    optional package.
     """
     from effbench.technique import LayerTechnique, Technique
 
@@ -98,7 +99,7 @@ def get(name: str) -> type[Technique]:
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("effbench"):
             raise
-        raise TechniqueError(
+        raise PackageError(
             f"technique {name!r} needs the package {missing.name!r}, which is not installed; pip install it"
         ) from missing
     found = [

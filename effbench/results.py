@@ -157,7 +157,7 @@ def code_digest() -> str:
 @cache
 def provenance() -> dict[str, Any]:
     """What ran: commit, packages, machine."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)

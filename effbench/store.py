@@ -84,9 +84,10 @@ def pipeline_of(folder: Path) -> str:
 
 def _save_model(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True)
-    model.config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+    shell: Any = model
+    shell.config.save_pretrained(folder)
+    if getattr(shell, "generation_config", None) is not None:
+        shell.generation_config.save_pretrained(folder)
     first: dict[int, str] = {}
     shared, unique = {}, {}
     for name, tensor in _tensors(model):
@@ -126,7 +127,7 @@ def _options(name: str, module: nn.Module) -> dict[str, Any]:
         bias = module.bias is not None
         return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
     raise ModelError(
-        f"{name} is a {type(module).__name__}, which cannot be written down; derive it from effbench.toolbox.StoredModule"
+        f"{name} is a {type(module).__name__}, which cannot be written down; derive it from StoredModule"
     )
 
 

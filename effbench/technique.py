@@ -106,6 +106,11 @@ class System:
         return replace(self, model=model, new_cache=cache)
 
     @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
     def device(self) -> torch.device:
         """Where token ids have to be."""
         return next(self.model.parameters()).device
@@ -113,8 +118,7 @@ class System:
     @property
     def context(self) -> int:
         """The number of tokens that the model was made for; 2048 where its config does not say."""
-        config = self.model.config
-        return int(getattr(config, "max_position_embeddings", None) or 2048)
+        return int(getattr(self.config, "max_position_embeddings", None) or 2048)
 
 
 @dataclass(frozen=True)

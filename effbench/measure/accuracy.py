@@ -1,0 +1,220 @@
+"""Zero-shot accuracy through lm-eval, whose requests are answered by a `System`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from torch import Tensor
+
+from effbench.errors import TaskError
+from effbench.measure.quality import scored_through_cache, window_logits
+from effbench.registry import suggest
+from effbench.technique import System
+
+REFERENCE = Path(__file__).parent.parent.parent / "tasks"
+BATCH_TOKENS = 8192
+"""Tokens in a batch of contexts."""
+
+
+@dataclass
+class TaskResult:
+    """What one task gave: 1 or 0 for each item, and the accuracy of guessing among its choices."""
+
+    correct: list[int]
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct items."""
+        return sum(self.correct) / len(self.correct)
+
+
+class SystemLM(TemplateLM):
+    """lets lm-eval score a `System`.
+
+    The choices of an item share their context: it is run once. Where all of them are single tokens nothing else
+    has to be; longer ones are run as context and choice. Systems with a cache policy of their own are scored
+    through their cache.
+    """
+
+    def __init__(self, system: System, batch_tokens: int = BATCH_TOKENS) -> None:
+        super().__init__()
+        self.system, self.tokenizer, self._batch_tokens = system, system.tokenizer, batch_tokens
+        self._through_cache = scored_through_cache(system)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id or 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: the one that starts it, if there is one."""
+        start = self.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else int(start)
+
+    @property
+    def max_length(self) -> int:
+        """The model's context in tokens."""
+        return self.system.context
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Fingerprints lm-eval's request cache."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids as the tokenizer makes them; no second start token where the text brings its own."""
+        options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        start = self.tokenizer.bos_token
+        if add_special_tokens is None and start and string.startswith(start):
+            options["add_special_tokens"] = False
+        ids: list[int] = self.tokenizer.encode(string, **options)
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        single: dict[tuple[int, ...], list[int]] = {}
+        longer: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, choice) in enumerate(requests):
+            room = self.max_length + 1 - len(choice)
+            context = context[-room:] if room > 0 else context[-1:]
+            if len(choice) == 1:
+                single.setdefault(tuple(context), []).append(number)
+            else:
+                longer.setdefault((*context, *choice[:-1]), []).append(number)
+        for numbers, row in zip(single.values(), self._rows(list(single), 1), strict=True):
+            log_probabilities = torch.log_softmax(row[-1].float(), -1)
+            best = int(log_probabilities.argmax())
+            picked = log_probabilities[[requests[number][2][0] for number in numbers]].tolist()
+            for number, value in zip(numbers, picked, strict=True):
+                answers[number] = (value, requests[number][2][0] == best)
+        keep = max((len(requests[number][2]) for number in sum(longer.values(), [])), default=1)
+        for numbers, row in zip(longer.values(), self._rows(list(longer), keep), strict=True):
+            for number in numbers:
+                wanted = torch.tensor(requests[number][2], device=row.device)
+                log_probabilities = torch.log_softmax(row[-len(wanted) :].float(), -1)
+                value = float(log_probabilities.gather(-1, wanted[:, None]).sum())
+                answers[number] = (value, bool((log_probabilities.argmax(-1) == wanted).all()))
+        return answers
+
+    def _rows(self, sequences: list[tuple[int, ...]], keep: int) -> list[Tensor]:
+        """The logits (up to `keep`, vocabulary) of the last tokens of each sequence.
+
+        Sequences of one length run together, so no padding ever enters a cache.
+        """
+        answers: list[Tensor] = [torch.empty(0)] * len(sequences)
+        by_length: dict[int, list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            by_length.setdefault(len(sequence), []).append(number)
+        for length, numbers in sorted(by_length.items(), reverse=True):
+            count = max(1, self._batch_tokens // length)
+            for start in range(0, len(numbers), count):
+                batch = numbers[start : start + count]
+                ids = torch.tensor([sequences[number] for number in batch])
+                logits = window_logits(self.system, ids, through_cache=self._through_cache)
+                for row, number in enumerate(batch):
+                    answers[number] = logits[row, -keep:].clone()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text, in windows that give every token as much context as they can."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts continued through the system's own decoding policy."""
+        texts = []
+        for request in requests:
+            context, options = request.args
+            until = options.get("until") or []
+            most = int(options.get("max_gen_toks", 256))
+            ids = self.tok_encode(context)[-max(1, self.max_length - most) :]
+            prompt = torch.tensor([ids], device=self.system.device)
+            ends = [self.eot_token_id]
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            generation = self.system.generate(self.system, prompt, most, temperature=temperature, stop=ends)
+            text = self.tokenizer.decode(generation.ids[0, len(ids) :], skip_special_tokens=True)
+            for mark in [until] if isinstance(until, str) else until:
+                text = text.split(mark)[0]
+            texts.append(text)
+        return texts
+
+
+def _manager(names: Sequence[str]) -> Any:
+    """lm-eval's task manager; its own thousands of tasks are indexed only if one is asked for."""
+    from lm_eval.tasks import TaskManager
+
+    ours = TaskManager(include_path=str(REFERENCE), include_defaults=False)
+    if set(names) <= set(ours.all_tasks):
+        return ours
+    return TaskManager(include_path=str(REFERENCE))
+
+
+def task_names() -> list[str]:
+    """The tasks that come with effbench, by file name."""
+    return sorted(path.stem for path in REFERENCE.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises `TaskError` for a task that neither effbench nor the installed lm-eval has."""
+    if set(names) <= set(task_names()):
+        return
+    known = set(_manager(names).all_tasks)
+    for name in names:
+        if name not in known:
+            raise TaskError(f"no task {name!r}{suggest(name, sorted(known))} (`effbench list tasks` shows ours)")
+
+
+def evaluate(system: System, names: Sequence[str], limit: int | None = None) -> dict[str, TaskResult]:
+    """Each task's items, scored zero-shot by lm-eval with its own prompts and metrics.
+
+    Raises `TaskError` where a task's data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            output = simple_evaluate(
+                model=SystemLM(system),
+                tasks=list(names),
+                task_manager=_manager(names),
+                num_fewshot=0,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
+            )
+    except (ConnectionError, FileNotFoundError) as reason:
+        raise TaskError(f"the data of {', '.join(names)} cannot be had without a network ({reason})") from None
+    results = {}
+    for name, samples in output["samples"].items():
+        samples = sorted(samples, key=lambda sample: sample["doc_id"])
+        correct = [int(sample["acc"]) for sample in samples]
+        chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples)
+        results[name] = TaskResult(correct, chance)
+    return results

@@ -1,0 +1,6 @@
+"""stub, replaced"""
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    return {}

@@ -1,0 +1,97 @@
+"""What is asked of a run: a model, pipelines, tasks, text and the conditions of measuring."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from effbench.errors import UsageError
+from effbench.registry import suggest
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One question, complete.
+
+    techniques: pipelines, each a row; the dense model is always the first one. tasks: lm-eval names; empty with a
+    reference model means the reference tasks. text, calibration: files (see `effbench.data`); a reference model
+    has its own. limit: at most so many items of each task and windows of text. batch, prompt_tokens, new_tokens,
+    rounds: what is timed, and how often. timeout_seconds: for each step of one row.
+    """
+
+    name: str = "custom"
+    model: str = "ref-1m"
+    techniques: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    text: str | None = None
+    calibration: str | None = None
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    threads: int | None = None
+    batch: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 48
+    rounds: int = 8
+    timeout_seconds: int = 1800
+    seed: int = 0
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "threads", "batch", "prompt_tokens", "rounds", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.new_tokens < 2:
+            raise UsageError(f"new_tokens must be at least 2, one to be timed after the first; got {self.new_tokens}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"device must be auto, cpu or cuda, got {self.device!r}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same for two rows to be comparable; machine and pipelines are not part of it."""
+        content = asdict(self)
+        for name in ("name", "techniques", "seed", "timeout_seconds"):
+            del content[name]
+        content["tasks"] = list(self.tasks)
+        return content
+
+
+def names() -> dict[str, Path]:
+    """The suites that come with effbench."""
+    package = import_module("effbench.results")
+    found = [path for folder in package.__path__ for path in Path(folder).glob("*/suite.toml")]
+    return {path.parent.name: path for path in sorted(found)}
+
+
+def load(name_or_path: str, **changes: Any) -> Suite:
+    """A suite by name or from a TOML file, with some of its fields changed; a change to `None` is no change.
+
+    Raises `UsageError` where there is none, or a field is unknown or of the wrong type.
+    """
+    path = names().get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        hint = suggest(name_or_path, list(names()))
+        raise UsageError(f"no suite {name_or_path!r}{hint}; give one of {', '.join(names())} or a TOML file")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
+        raise UsageError(f"{path} is not TOML ({reason})") from None
+    content.setdefault("name", path.parent.name if path.name == "suite.toml" else path.stem)
+    known = {f.name: f for f in fields(Suite)}
+    for key, value in content.items():
+        if key not in known:
+            hint = suggest(key, list(known))
+            raise UsageError(f"{path} has an unknown field {key!r}{hint}; known: {', '.join(known)}")
+        if key in ("techniques", "tasks"):
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                raise UsageError(f"{path}: {key} must be a list of strings, got {value!r}")
+            content[key] = tuple(value)
+    try:
+        return replace(Suite(**content), **{key: value for key, value in changes.items() if value is not None})
+    except TypeError as reason:
+        raise UsageError(f"{path}: a field has a value of the wrong type ({reason})") from None
