@@ -85,6 +85,11 @@ def cache_bytes(cache: Cache) -> int:
     return sum(storages(_reachable(cache, set())).values())
 
 
+def cache_shown_bytes(cache: Cache) -> int:
+    """Bytes of the elements of a cache's tensors, without what their storages hold beyond them."""
+    return sum({t.data_ptr(): t.nbytes for tensor in _reachable(cache, set()) for t in _flatten(tensor)}.values())
+
+
 def _reachable(item: Any, seen: set[int]) -> Iterator[Tensor]:
     if id(item) in seen:
         return

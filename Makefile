@@ -1,0 +1,45 @@
+# make run    the main job: the default suite on the embedded model, offline, a table at the end
+# make test   everything CI checks: lint, types, tests, generated text
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: run test lint types unit docs bench clean
+
+run: $(VENV)/.core
+	$(BIN)/effbench run
+
+test: lint types docs unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m effbench.report.docs --check
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/benchmarks --ignore=/dev/null
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("effbench needs Python 3.11 or newer; set PYTHON=... to one") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints/cpu.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints/cpu.txt -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints/cpu.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints/cpu.txt -e '.[dev]'
+	touch $@ $(VENV)/.core
