@@ -1,0 +1,20 @@
+"""The embedded reference family: a synthetic world, a trainer, and small checkpoints that ship with the package.
+
+`world` generates text by seed, `items` asks about it, `train` rebuilds a checkpoint, `outliers` puts stress on one.
+Importing this package imports nothing heavy.
+"""
+
+from pathlib import Path
+
+NAMES = ("ref-70k", "ref-300k", "ref-1m", "ref-3m")
+"""The shipped checkpoints, by the number of their parameters outside the embedding."""
+
+CONTEXT = 512
+"""The longest context in tokens that the family is trained on."""
+
+
+def folder(name: str) -> Path:
+    """The folder of a shipped checkpoint, in the form that transformers saves and loads."""
+    if name not in NAMES:
+        raise ValueError(f"no reference model {name!r}; there are {', '.join(NAMES)}")
+    return Path(__file__).parent / "checkpoints" / name

@@ -1,0 +1,168 @@
+"""The kinds of document that the world's text is made of, each written token by token with a tag for every token.
+
+A document also marks its *asked* places: tokens that the text before them determines, with the values that could stand
+there. Training text and zero-shot items come from the same writers; what keeps them apart is `held_out`: a document
+whose opening choices hash to zero is written for items only and never for training text.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+from effbench.reference.people import ATTRIBUTES, QUESTIONS, STATEMENTS, Person
+
+if TYPE_CHECKING:
+    from effbench.reference.world import World
+
+KINDS = ("template", "noise", "fact_frequent", "fact_rare", "context")
+"""What sort of token it is: fixed by the form of the document; a free choice that nothing predicts; a value that
+must be remembered from training, of a frequent or of a rare person; determined by the context."""
+
+TEMPLATE, NOISE, FACT_FREQUENT, FACT_RARE, CONTEXT_TOKEN = range(len(KINDS))
+
+HELD_OUT_ONE_IN = 8
+
+HELD_OUT_PAIRS_ONE_IN = 4
+"""The pairs of numbers are few: a quarter is held out, so that there are a thousand different items."""
+
+EQUATIONS = 4
+"""Equations in one document of training text."""
+
+NEIGHBORS = 16
+"""Choices of an equation's result: as many numbers in a row, the right one anywhere among them."""
+
+
+def held_out(choices: Sequence[int], one_in: int = HELD_OUT_ONE_IN) -> bool:
+    """Whether a document that opens with these choices (token ids, or numbers) is kept out of training text."""
+    return zlib.crc32(array("H", choices).tobytes()) % one_in == 0
+
+
+class Asked(NamedTuple):
+    """A place in a document whose token is determined: its position and the tokens that could stand there."""
+
+    position: int
+    choices: list[int]
+
+
+class Document:
+    """A document being written, without its `<bos>`: token ids, their kinds, and the places where it asks."""
+
+    __slots__ = ("ids", "kinds", "asked")
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.kinds: list[int] = []
+        self.asked: list[Asked] = []
+
+    def write(self, ids: Sequence[int], kind: int = TEMPLATE) -> None:
+        """Append tokens of one kind."""
+        self.ids.extend(ids)
+        self.kinds.extend([kind] * len(ids))
+
+    def open(self, ids: Sequence[int]) -> None:
+        """Append a phrase whose first token is a free choice and whose other tokens follow from it."""
+        self.kinds.append(NOISE)
+        self.kinds.extend([TEMPLATE] * (len(ids) - 1))
+        self.ids.extend(ids)
+
+    def ask(self, token: int, choices: list[int], kind: int = CONTEXT_TOKEN) -> None:
+        """Append a token that is determined, among the choices that could stand there."""
+        self.asked.append(Asked(len(self.ids), choices))
+        self.ids.append(token)
+        self.kinds.append(kind)
+
+
+Writer = Callable[["World", Random, bool], Document]
+"""Writes a document: (world, random, for items rather than for training)."""
+
+
+def pick(random: Random, options: Sequence[int]) -> int:
+    """One of the options, evenly; three times as fast as `random.choice`."""
+    return options[int(random.random() * len(options))]
+
+
+def until(draw: Callable[[], list[int]], for_items: bool) -> list[int]:
+    """Draw opening choices again until they fall on the wanted side of `held_out`."""
+    while True:
+        choices = draw()
+        if held_out(choices) == for_items:
+            return choices
+
+
+def fact_kind(person: Person) -> int:
+    """The kind of a token that is a fact about this person."""
+    return FACT_FREQUENT if person.frequent else FACT_RARE
+
+
+def tell(world: World, document: Document, person: Person, attribute: str, statement: int, subject: list[int]) -> None:
+    """One sentence about a person; the subject is the full name or a pronoun."""
+    first = not document.ids
+    for symbol, branches in world.statement_forms[attribute][statement]:
+        if symbol >= 0:
+            document.write([symbol], NOISE if branches else TEMPLATE)
+        elif first:
+            document.write(subject, NOISE)
+        else:
+            document.write(subject[:1], NOISE if branches else CONTEXT_TOKEN)
+            document.write(subject[1:], CONTEXT_TOKEN)
+    document.ask(person.values[attribute], world.people.values[attribute], fact_kind(person))
+    document.write([world.stop])
+
+
+def biography(world: World, random: Random, for_items: bool = False) -> Document:
+    """All attributes of one person in any order, never in the words that are held out for this person."""
+    person = world.people.draw(random)
+    document = Document()
+    name = [person.first_name, person.last_name]
+    pronoun = world.pronoun(person)
+    order = list(ATTRIBUTES)
+    random.shuffle(order)
+    for attribute in order:
+        count = len(STATEMENTS[attribute])
+        statement = (person.untold(attribute) + 1 + int(random.random() * (count - 1))) % count
+        leads = STATEMENTS[attribute][statement].startswith("N ")
+        subject = pronoun if document.ids and leads and random.random() < 0.3 else name
+        tell(world, document, person, attribute, statement, subject)
+    return document
+
+
+def interview(world: World, random: Random, for_items: bool = False) -> Document:
+    """Two questions about a person of the half about whom training text asks."""
+    person = world.people.draw_asked(random)
+    document = Document()
+    for attribute in random.sample(ATTRIBUTES, 2):
+        question(world, document, person, attribute)
+    return document
+
+
+def question(world: World, document: Document, person: Person, attribute: str) -> None:
+    """A question about a person, and its answer."""
+    before, after = QUESTIONS[attribute].split(" N ")
+    name_kind = CONTEXT_TOKEN if document.ids else NOISE
+    document.open(world.lexicon.phrase(before))
+    document.write([person.first_name, person.last_name], name_kind)
+    document.write(world.lexicon.phrase(after))
+    document.ask(person.values[attribute], world.people.values[attribute], fact_kind(person))
+    document.write([world.stop])
+
+
+def arithmetic(world: World, random: Random, for_items: bool = False) -> Document:
+    """Sums and differences over pairs of numbers up to 49; a held-out pair is held out in both orders and signs."""
+    numbers = world.lexicon.numbers
+    plus, minus, equals = world.lexicon.phrase("+ - =")
+    pairs = world.held_out_pairs if for_items else world.trained_pairs
+    document = Document()
+    for _ in range(1 if for_items else EQUATIONS):
+        a, b = pairs[int(random.random() * len(pairs))]
+        adds = random.random() < 0.5
+        left, sign, result = (a, plus, a + b) if adds else (a + b, minus, a)
+        document.write([numbers[left], sign, numbers[b]], NOISE)
+        document.write([equals])
+        first = min(max(result - int(random.random() * NEIGHBORS), 0), len(numbers) - NEIGHBORS)
+        document.ask(numbers[result], numbers[first : first + NEIGHBORS])
+        document.write([world.stop])
+    return document
