@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from effbench import jobs, models, registry, store
+from effbench import models, registry, store
 from effbench.data import Data
 from effbench.errors import EffbenchError, UnfitError
+from effbench.jobs.applying import HIDDEN_BYTES, HIDDEN_SHARE, promised_bits
+from effbench.jobs.row import data_for, source_for
 from effbench.measure import memory
 from effbench.measure.quality import scored_through_cache, window_logits
 from effbench.suite import Suite
@@ -54,7 +56,7 @@ class _Bench:
 
     def data(self, system: System) -> Data:
         """Text and other models."""
-        return jobs.data_for(self._suite, system)
+        return data_for(self._suite, system)
 
     def applied(self, *others: Technique, first: bool = True) -> System:
         """The system after this technique and `others`, or after `others` and this one.
@@ -75,7 +77,7 @@ class _Bench:
 
     def tokens(self, system: System, count: int = 96) -> torch.Tensor:
         """Held-out token ids (2, count)."""
-        source = jobs.source_for(self._suite, system)
+        source = source_for(self._suite, system)
         if source is None:
             return torch.randint(0, system.config.vocab_size, (2, count), generator=torch.Generator().manual_seed(0))
         return torch.stack([torch.from_numpy(window) for window in source.evaluation(count, 2).ids])
@@ -140,14 +142,14 @@ def _honest(bench: _Bench) -> Outcome:
     system = bench.applied()
     stored = memory.stored_bytes(system)
     hidden = memory.hidden_bytes(system, others)
-    if hidden > max(jobs.HIDDEN_BYTES, jobs.HIDDEN_SHARE * stored):
+    if hidden > max(HIDDEN_BYTES, HIDDEN_SHARE * stored):
         yield f"{hidden:,} bytes of tensors live outside the model's parameters and buffers ({stored:,} bytes)", ""
     bench.logits(system)
     after = memory.stored_bytes(system)
     if after != stored:
         yield f"stored bytes change by running it: {stored:,} before and {after:,} after a pass", ""
     dense_bytes = memory.stored_bytes(bench.dense())
-    promised = jobs.promised_bits([bench.technique], 16.0)
+    promised = promised_bits([bench.technique], 16.0)
     simulated = promised is not None and promised < 16 and stored >= dense_bytes
     yield "", "simulated: nothing is smaller than the dense model" if simulated else ""
 

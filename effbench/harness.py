@@ -1,60 +1,23 @@
-"""The run: every pipeline is applied in one fresh process, measured in others, and each row saved as it grows.
+"""The question: what is asked of a run is made whole, checked before anything is measured, and answered.
 
-    run        checks the question, then for each row:  apply -> quality -> speed   (effbench.jobs)
-               dense comes first, since the others are measured against it; two rows are applied and scored side by
-               side with a part of the threads each; what is timed runs alone, round by round with one dense worker
+    run               a suite -> a folder of records (the rows are worked off by `effbench.schedule`)
+    apply_and_save    a model and a pipeline -> a saved system
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
 
 from effbench import models, registry, results
 from effbench.errors import PackageError, RecordError, UsageError
 from effbench.results import Record
+from effbench.schedule import Progress, Schedule, Silent, record_for
 from effbench.suite import Suite
-from effbench.worker import OUT_OF_MEMORY, Workers, wait_for
-
-STAGES = ("apply", "quality", "speed")
-MEASURES = {"apply": ("apply",), "quality": ("perplexity", "accuracy", "cache"), "speed": ("speed",)}
-"""What each stage measures; a record names those that are finished, and they are not measured again."""
-
-
-class Progress(Protocol):
-    """What a run tells while it runs."""
-
-    def start(self, total: int, out: Path) -> None:
-        """A run of `total` steps into folder `out` begins."""
-
-    def step(self, text: str) -> None:
-        """One step is done; `text` says which."""
-
-    def row(self, record: Record) -> None:
-        """A row is complete."""
-
-    def stop(self) -> None:
-        """The run is over."""
-
-
-class Silent:
-    """No progress."""
-
-    def start(self, total: int, out: Path) -> None: ...
-
-    def step(self, text: str) -> None: ...
-
-    def row(self, record: Record) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def run(suite: Suite, out: Path | None = None, progress: Progress | None = None) -> Path:
@@ -67,9 +30,9 @@ def run(suite: Suite, out: Path | None = None, progress: Progress | None = None)
     pipelines = check(suite)
     out = out or default_folder(suite)
     _prepare(out, suite, pipelines)
-    rows = [_record(out, suite, pipeline) for pipeline in pipelines]
+    rows = [record_for(out, suite, pipeline) for pipeline in pipelines]
     with tempfile.TemporaryDirectory(prefix="effbench-") as scratch:
-        _Run(suite, out, Path(scratch), rows, progress or Silent()).go()
+        Schedule(suite, out, Path(scratch), rows, progress or Silent()).work()
     return out
 
 
@@ -165,146 +128,6 @@ def _same_question(out: Path, record: Record, suite: Suite) -> None:
             )
 
 
-def _record(out: Path, suite: Suite, pipeline: str) -> Record:
-    """The row as far as it has come."""
-    fresh = Record(suite.name, suite.model, pipeline, suite.seed, suite.settings)
-    path = results.path_of(fresh, out)
-    return results.load(path) if path.is_file() else fresh
-
-
-class _Run:
-    """One run: which row is at which stage."""
-
-    def __init__(self, suite: Suite, out: Path, scratch: Path, rows: list[Record], progress: Progress) -> None:
-        assert suite.threads is not None
-        self.suite, self.out, self.scratch, self.progress = suite, out, scratch, progress
-        self.dense, self.others = rows[0], [row for row in rows[1:] if row.status == "running"]
-        self.beside = 2 if suite.device == "cpu" and suite.threads > 1 else 1
-        self.deadlines: dict[int, float] = {}
-
-    def go(self) -> None:
-        """All stages of all rows. The workers are gone afterwards, whatever happens."""
-        open_rows = len(self.others) + (self.dense.status == "running")
-        self.progress.start(open_rows * len(STAGES), self.out)
-        if open_rows:
-            self.workers = Workers()
-            try:
-                self._stages([self.dense], 1)
-                self._stages(self.others, self.beside)
-                self._speed([self.dense, *self.others])
-            finally:
-                self.workers.close()
-            for name in ("systems", "dense"):
-                shutil.rmtree(self.out / name, ignore_errors=True)
-            for path in (self.out / "logs").glob("*.log"):
-                if path.stat().st_size == 0:
-                    path.unlink()
-        self.progress.stop()
-
-    def _stages(self, rows: Sequence[Record], beside: int) -> None:
-        """Apply and score the rows, so many at once; both stages of a row follow each other."""
-        waiting = [(row.pipeline, stage) for row in rows for stage in ("apply", "quality")]
-        assert self.suite.threads is not None
-        threads = max(1, self.suite.threads // self.beside)
-        busy: dict[int, tuple[str, str]] = {}
-        while waiting or busy:
-            free = [entry for entry in waiting if entry[0] not in {pipeline for pipeline, _ in busy.values()}]
-            if free and len(busy) < beside:
-                pipeline, stage = free[0]
-                waiting.remove(free[0])
-                if self._needed(pipeline, stage):
-                    busy[self._submit(pipeline, stage, threads)] = (pipeline, stage)
-                continue
-            for job, code, timed_out in self._ended():
-                pipeline, stage = busy.pop(job)
-                self._settle(pipeline, stage, job, code, timed_out)
-
-    def _speed(self, rows: Sequence[Record]) -> None:
-        """Time the rows one after the other, each interleaved with the one dense worker."""
-        todo = [row.pipeline for row in rows if self._needed(row.pipeline, "speed")]
-        if not todo:
-            return
-        assert self.suite.threads is not None
-        socket = self.scratch / "dense.socket"
-        dense = self._submit("dense", "serve", self.suite.threads, socket=str(socket))
-        if not wait_for(socket, self.suite.timeout_seconds):
-            self.workers.cancel(dense)
-        for pipeline in todo:
-            job = self._submit(pipeline, "speed", self.suite.threads, socket=str(socket))
-            while True:
-                over = next((end for end in self._ended() if end[0] == job), None)
-                if over:
-                    break
-            self._settle(pipeline, "speed", *over)
-        self.workers.cancel(dense)
-
-    def _needed(self, pipeline: str, stage: str) -> bool:
-        """Whether this stage of the row has something left to do. Finished and hopeless rows have not."""
-        record = self._load(pipeline)
-        if stage == "quality" and pipeline == "dense" and not (self.out / "dense").is_dir():
-            return bool(self.others)  # the others are compared with log-probabilities that are no longer there
-        if record.status != "running":
-            return False
-        done = set(MEASURES[stage]) <= set(record.measured)
-        if stage == "apply" and done and pipeline != "dense":
-            later = {name for after in STAGES[1:] for name in MEASURES[after]}
-            return not later <= set(record.measured) and not self._system(pipeline).is_dir()
-        return not done
-
-    def _submit(self, pipeline: str, stage: str, threads: int, **more: str) -> int:
-        record = self._load(pipeline)
-        arguments = {
-            "out": str(self.out),
-            "suite": asdict(self.suite),
-            "pipeline": pipeline,
-            "system": "" if pipeline == "dense" else str(self._system(pipeline)),
-            **more,
-        }
-        log = self.out / "logs" / f"{record.slug}.log"
-        job = self.workers.submit(f"effbench.jobs:{stage}", arguments, threads=threads, log=log)
-        if stage != "serve":
-            self.deadlines[job] = time.monotonic() + self.suite.timeout_seconds
-        return job
-
-    def _ended(self) -> list[tuple[int, int, bool]]:
-        """Jobs that have ended: number, exit code, whether their time was over. Waits for a moment at most."""
-        ended = self.workers.collect(timeout=0.5)
-        if ended:
-            late = self.deadlines.pop(ended[0], math.inf) < time.monotonic()
-            return [(*ended, late)]
-        for job, deadline in self.deadlines.items():
-            if deadline < time.monotonic():
-                self.workers.cancel(job)
-        return []
-
-    def _settle(self, pipeline: str, stage: str, job: int, code: int, timed_out: bool) -> None:
-        """What the end of a stage means for its row."""
-        record = self._load(pipeline)
-        if record.status == "running":
-            doing = {"apply": "applying", "quality": "scoring", "speed": "timing"}[stage]
-            if code != 0 and timed_out:
-                limit = self.suite.timeout_seconds
-                record.status, record.reason = "timeout", f"{doing} took longer than {limit} s (--timeout)"
-            elif code in (OUT_OF_MEMORY, -9):
-                record.status, record.reason = "out_of_memory", f"{doing} ran out of memory"
-            elif code != 0:
-                last = self.workers.log_tail(job) or f"exit code {code}"
-                record.status, record.reason = "failed", f"{doing} failed: {last}"
-            elif {name for names in MEASURES.values() for name in names} <= set(record.measured):
-                record.status = "ok"
-            results.save(record, self.out)
-        self.progress.step(f"{pipeline}: {stage}")
-        if record.status != "running":
-            shutil.rmtree(self._system(pipeline), ignore_errors=True)
-            self.progress.row(record)
-
-    def _load(self, pipeline: str) -> Record:
-        return _record(self.out, self.suite, pipeline)
-
-    def _system(self, pipeline: str) -> Path:
-        return self.out / "systems" / results.slug(pipeline, self.suite.seed)
-
-
 def apply_and_save(
     model: str,
     pipeline: str,
@@ -327,10 +150,12 @@ def apply_and_save(
     models.check(model, trust)
     pipeline = registry.canonical(pipeline)
     _check_text(text_suite)
-    from effbench import jobs, store
+    from effbench import store
+    from effbench.jobs.applying import apply_pipeline
+    from effbench.jobs.row import data_for
 
     system = models.load(model, dtype, device, trust)
-    system, _ = jobs.apply_pipeline(system, pipeline, jobs.data_for(text_suite, system))
+    system, _ = apply_pipeline(system, pipeline, data_for(text_suite, system))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store.save(system, folder, pipeline)

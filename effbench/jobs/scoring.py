@@ -1,0 +1,94 @@
+"""Scoring a system: text, tasks, cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effbench.data import Windows
+from effbench.jobs.row import Job, prompts
+from effbench.measure import memory
+from effbench.results import Record
+from effbench.technique import CachePolicy, System
+from effbench.toolbox.decoding import forward
+
+
+def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
+    """Score the system: text, tasks, cache."""
+    job = Job(out, suite, pipeline, system)
+    loaded = job.load()
+    windows = job.windows(loaded)
+    reference = job.out / "dense" / "log_probabilities.npy"
+    if pipeline == "dense" and "perplexity" in job.record.measured and windows and not reference.exists():
+        _score_text(Record("", "", "dense", 0), loaded, windows, reference)
+    job.measure("perplexity", lambda: _score_text(job.record, loaded, windows, reference))
+    job.measure("accuracy", lambda: _score_tasks(job, loaded))
+    job.measure("cache", lambda: _fill_cache(job, loaded, windows))
+
+
+def _score_text(record: Record, system: System, windows: Windows | None, path: Path) -> None:
+    from effbench.measure.quality import DenseLogProbabilities, score
+
+    columns = ("perplexity", "nll_per_token", "bits_per_byte", "kl_to_dense", "top1_agreement")
+    if windows is None:
+        for name in columns:
+            record.put(name, None, "no text was given (--text FILE)")
+        return
+    dense = record.pipeline == "dense"
+    vocabulary = system.config.vocab_size
+    reference = DenseLogProbabilities(path, windows, vocabulary, write=dense) if dense or path.exists() else None
+    found = score(system, windows, reference)
+    if reference:
+        reference.finish()
+    record.put("nll_per_token", found.nll_per_token)
+    record.put("perplexity", found.perplexity)
+    record.put("bits_per_byte", found.bits_per_byte(windows.bytes_scored))
+    tokens = found.compared_tokens
+    why = "the dense model's log-probabilities take too much disk" if reference else "the dense model was not scored"
+    record.put("kl_to_dense", sum(found.kl.values()) / tokens if tokens else None, why)
+    record.put("top1_agreement", sum(found.agreed.values()) / tokens if tokens else None, why)
+    record.samples["nll"] = [round(value, 6) for value in found.nats]
+    record.samples["tokens"] = list(found.tokens)
+    for name in found.kind_nats:
+        count = sum(found.kind_tokens[name])
+        if count:
+            record.put(f"nll_per_token/{name}", sum(found.kind_nats[name]) / count)
+            record.samples[f"nll/{name}"] = [round(value, 6) for value in found.kind_nats[name]]
+            record.samples[f"tokens/{name}"] = list(found.kind_tokens[name])
+    record.provenance["data_hash"] = windows.digest
+
+
+def _score_tasks(job: Job, system: System) -> None:
+    record, names = job.record, job.suite.tasks
+    if not names:
+        record.put("accuracy", None, "no tasks were asked for (--tasks)")
+        return
+    from effbench.measure.accuracy import evaluate
+
+    found = evaluate(system, names, job.suite.limit)
+    for name, result in found.items():
+        record.put(f"accuracy/{name}", result.accuracy)
+        record.put(f"accuracy_chance/{name}", result.chance)
+        record.samples[f"correct/{name}"] = list(result.correct)
+    record.put("accuracy", float(np.mean([result.accuracy for result in found.values()])))
+    record.put("accuracy_chance", float(np.mean([result.chance for result in found.values()])))
+
+
+@torch.inference_mode()
+def _fill_cache(job: Job, system: System, windows: Windows | None) -> None:
+    """Bytes that the caches of the model and of its parts hold once they are full, for each token fed."""
+    count = min(system.context, job.suite.prompt_tokens + job.suite.new_tokens)
+    ids = prompts(job.suite, system, windows, count)[0][:1]
+    held = 0
+    for model, cache in [
+        (system.model, system.new_cache()),
+        *((part, CachePolicy(part.config)()) for part in system.parts.values()),
+    ]:
+        for start in range(0, ids.shape[1], 64):
+            forward(model, ids[:, start : start + 64], cache, start)
+        held += memory.cache_bytes(cache)
+    job.record.put("cache_bytes_per_token", held / ids.shape[1])
+    job.record.samples["cache_tokens"] = [ids.shape[1]]

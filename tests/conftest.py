@@ -1,0 +1,80 @@
+"""What the tests share: small random models of several architectures, and where the real data lie."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from effbench.reference.tokenizer import build_tokenizer  # noqa: E402
+from effbench.reference.world import World  # noqa: E402
+from effbench.technique import System  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+"""Real text and a real checkpoint, beside the repository where there are any."""
+
+SMALL: dict[str, Any] = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA_LIKE: dict[str, Any] = {
+    **SMALL,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE),
+    "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=32),
+    "mistral": lambda: transformers.MistralConfig(**LLAMA_LIKE),
+    "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+    "opt": lambda: transformers.OPTConfig(
+        **SMALL,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        **SMALL,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    ),
+}
+
+
+def random_model(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
+    """A small model with random weights."""
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
+
+
+def random_system(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> System:
+    """The same as a dense system with the synthetic world's tokenizer."""
+    return System.dense(random_model(architecture, dtype, seed), build_tokenizer(World().vocabulary))
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture that has to work."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def stories() -> tuple[Path, Path]:
+    """A real checkpoint's folder and a file of real stories."""
+    model, text = SHARED / "models" / "TinyStories-656K", SHARED / "text" / "tinystories_train_ascii.jsonl"
+    if not (model.is_dir() and text.is_file()):
+        pytest.skip("the real checkpoint and stories are not beside this repository")
+    return model, text
