@@ -1,0 +1,210 @@
+"""A weight matrix as packed codes, with the product computed from them.
+
+Bits stored for each weight, where a group is `width` inputs of one row (closed form, biases left out):
+
+    rows    bits + (16 + bits) / width     float16 scales, zero points of `bits` bits
+            bits + 16 / width              the same without zero points (`zeros="middle"`)
+            bits + 32 / width              float16 scales, float16 zero points
+    tiles   4 + 32 / width                 the int4 kernel's own layout: a (scale, zero) pair of bfloat16
+
+There is one copy of a weight, and it is the packed one: what is unpacked for a product is dropped after it.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from effbench.errors import UnfitError
+from effbench.toolbox.checks import one_of, within
+from effbench.toolbox.grid import decode
+from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
+from effbench.toolbox.kernels.cpu import INT4_ROWS, INT8_ROWS, int4_product, int8_product, int8_readable, takes
+from effbench.toolbox.kernels.tiles import machine_tile, pack_tiles, unpack_tiles
+from effbench.toolbox.stored import StoredModule
+
+WEIGHTS_AT_ONCE = 1 << 18
+"""How many weights are held in float32 while a matrix is unpacked: what fits a core's own cache."""
+
+
+class PackedLinear(StoredModule):
+    """A linear layer over packed codes: weight = scale * (code - zero), one scale and zero for each group.
+
+    bits: of a code, 1 to 8.
+    group_size: how many inputs of a row share a scale; 0 for the whole row.
+    zeros: how zero points are stored: "codes" for whole numbers of `bits` bits, "float16" or "float32" for any
+        number, "middle" if all are 2^(bits - 1) and none is stored.
+    scale_dtype: "float16" or "float32".
+    tile: 0, or the height of the tiles in which 4-bit codes are laid out for the int4 kernel (see `tile_for`);
+        scales and zeros are then bfloat16, whatever the two options say.
+    bias, dtype: whether there is a bias, and its type.
+
+    On a CPU, a few bfloat16 rows go through ATen's kernels: tiles through the int4 kernel, 8 bits with one scale
+    a row through the int8 kernel if the inputs are a multiple of 16. All else unpacks the codes and multiplies.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int = 0,
+        zeros: str = "codes",
+        scale_dtype: str = "float16",
+        tile: int = 0,
+        bias: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        within("bits", bits, 1, 8)
+        one_of("zeros", zeros, ("codes", "float16", "float32", "middle"))
+        one_of("scale_dtype", scale_dtype, ("float16", "float32"))
+        super().__init__(
+            in_features=in_features,
+            out_features=out_features,
+            bits=bits,
+            group_size=group_size,
+            zeros=zeros,
+            scale_dtype=scale_dtype,
+            tile=tile,
+            bias=bias,
+            dtype=dtype,
+        )
+        self.in_features, self.out_features, self.bits, self.tile = in_features, out_features, bits, tile
+        self.groups = in_features // group_size if group_size else 1
+        if group_size and in_features % group_size:
+            raise ValueError(f"group_size must divide the {in_features} inputs, got {group_size}")
+        if tile and (bits != 4 or out_features % tile):
+            raise ValueError(f"tile must be 0 or divide the {out_features} rows of 4-bit codes, got {tile}")
+        grids = (out_features, self.groups)
+        codes_bytes = packed_bytes(out_features * in_features, bits)
+        self.codes: Tensor = nn.Buffer(torch.empty(codes_bytes, dtype=torch.uint8))
+        if tile:
+            self.scales_zeros: Tensor = nn.Buffer(torch.empty(self.groups, out_features, 2, dtype=torch.bfloat16))
+        else:
+            self.scales: Tensor = nn.Buffer(torch.empty(grids, dtype=getattr(torch, scale_dtype)))
+            if zeros == "codes":
+                zeros_bytes = packed_bytes(out_features * self.groups, bits)
+                self.zeros: Tensor = nn.Buffer(torch.empty(zeros_bytes, dtype=torch.uint8))
+            elif zeros != "middle":
+                self.zeros = nn.Buffer(torch.empty(grids, dtype=getattr(torch, zeros)))
+        self.bias: Tensor | None = nn.Buffer(torch.empty(out_features, dtype=getattr(torch, dtype))) if bias else None
+
+    @classmethod
+    def pack(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bits: int,
+        bias: Tensor | None = None,
+        *,
+        zeros_dtype: str = "codes",
+        scale_dtype: str = "float16",
+        tile: int = 0,
+    ) -> Self:
+        """The module for `codes` (out, in) of type uint8 on grids with `scales` and `zeros` (out, groups).
+
+        `zeros` is `None` where all zero points are 2^(bits - 1).
+        Raises `UnfitError` where a scale or a zero point does not fit in the dtype in which it is to be stored.
+        """
+        (out_features, in_features), groups = codes.shape, scales.shape[1]
+        module = cls(
+            in_features,
+            out_features,
+            bits,
+            group_size=in_features // groups if groups > 1 else 0,
+            zeros="middle" if zeros is None else zeros_dtype,
+            scale_dtype=scale_dtype,
+            tile=tile,
+            bias=bias is not None,
+            dtype=str(bias.dtype if bias is not None else torch.float32).removeprefix("torch."),
+        )
+        middle = 2 ** (bits - 1)
+        if tile:
+            rounded = scales.bfloat16().float()
+            shift = rounded * (middle - zeros.float()) if zeros is not None else torch.zeros_like(rounded)
+            module.codes = pack_tiles(codes, tile)
+            module.scales_zeros = torch.stack([rounded.T, shift.T], -1).bfloat16()
+        else:
+            module.codes = pack(codes, bits)
+            module.scales = scales.to(module.scales.dtype)
+            if zeros is not None:
+                whole = zeros_dtype == "codes"
+                module.zeros = pack(zeros.to(torch.uint8), bits) if whole else zeros.to(module.zeros.dtype)
+        if bias is not None:
+            module.bias = bias.detach().clone()
+        if not all(buffer.isfinite().all() for name, buffer in module.named_buffers() if name != "bias"):
+            raise UnfitError(
+                "a scale or zero point is not finite: the weights are not, or they are too large for float16 scales, "
+                "where scale_dtype=float32 helps"
+            )
+        return module
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight matrix (out, in) that the codes stand for, computed in float32 and made anew by each call."""
+        scales, zeros, shifts = self._grids()
+        if self.tile:
+            codes = unpack_tiles(self.codes, self.tile, self.out_features)
+        else:
+            codes = unpack(self.codes, self.out_features * self.in_features, self.bits)
+        codes = codes.view(self.out_features, self.groups, -1)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=codes.device)
+        rows = max(1, WEIGHTS_AT_ONCE // self.in_features)
+        for start in range(0, self.out_features, rows):
+            some = slice(start, start + rows)
+            values = decode(codes[some], scales[some], zeros[some])
+            if shifts is not None:
+                values += shifts[some].unsqueeze(-1)
+            weight[some] = values.flatten(1)
+        return weight
+
+    def _grids(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales, zero points and, with tiles, what is added after them; each (out, groups) in float32."""
+        if self.tile:
+            scales, shifts = self.scales_zeros.float().transpose(0, 1).unbind(-1)
+            return scales, torch.full_like(scales, 8), shifts
+        scales = self.scales.float()
+        if self.options["zeros"] == "middle":
+            return scales, torch.full_like(scales, 2 ** (self.bits - 1)), None
+        if self.options["zeros"] == "codes":
+            return scales, unpack(self.zeros, scales.numel(), self.bits).view_as(scales).float(), None
+        return scales, self.zeros.float(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        product = self._kernel_product(x)
+        if product is None:
+            return nn.functional.linear(x, self.dequantized(x.dtype), bias)
+        product = product.view(*x.shape[:-1], self.out_features)
+        return product if bias is None else product + bias
+
+    def _kernel_product(self, x: Tensor) -> Tensor | None:
+        """The rows of `x` times the weight by a kernel; `None` where there is none for it."""
+        if self.tile and self.tile == machine_tile() and takes(x, INT4_ROWS):
+            return int4_product(x.reshape(-1, self.in_features).contiguous(), self.codes, self.scales_zeros)
+        if self.bits == 8 and self.groups == 1 and takes(x, INT8_ROWS):
+            codes = self.codes.view(torch.int8).view(self.out_features, self.in_features)
+            if int8_readable(codes):
+                scales, zeros, _ = self._grids()
+                rows = x.reshape(-1, self.in_features).contiguous()
+                return int8_product(rows, codes, scales.flatten(), zeros.flatten() - 128)
+        return None
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def tile_for(linear: nn.Linear, bits: int, group_size: int, scale_dtype: str) -> int:
+    """The tile height with which the int4 kernel here could compute `linear` from packed codes; 0 if it could not.
+
+    It needs 4 bits, a bfloat16 model on a CPU, groups of a multiple of 32 inputs and rows that fill whole tiles.
+    Scales asked for in float32 stay in float32, where it cannot be used either.
+    """
+    weight = linear.weight
+    if bits != 4 or scale_dtype != "float16" or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return 0
+    tile = machine_tile()
+    width = group_size or linear.in_features
+    return tile if tile and width % 32 == 0 and linear.out_features % tile == 0 else 0
