@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -32,6 +34,19 @@ from effbench.toolbox.walk import replace_module
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's words for dtypes."""
 
 
 def save(system: System, folder: Path, pipeline: str) -> None:
@@ -102,22 +117,29 @@ def _save_model(model: nn.Module, folder: Path) -> None:
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
-    """What the config alone does not say: the model's dtype and the modules of another class or shape."""
+    """What the config alone does not say: the model's dtype and the modules of another class or shape.
+
+    A changed module comes before the changed modules within it, which differ from what its own options build.
+    """
     with torch.device("meta"):
         plain = dict(AutoModelForCausalLM.from_config(model.config).named_modules())
     changed: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(done + ".") for done in changed):
-            continue
         twin = plain.get(name)
-        if twin is None or type(module) is not type(twin) or _shapes(module) != _shapes(twin):
-            changed[name] = {"class": _class_name(type(module)), "options": _options(name, module)}
+        if twin is None or _made_as(module) != _made_as(twin):
+            options = _options(name, module)
+            changed[name] = {"class": _class_name(type(module)), "options": options}
+            with torch.device("meta"):
+                rebuilt = dict(type(module)(**options).named_modules(prefix=name))
+            plain = {other: kept for other, kept in plain.items() if not other.startswith(name + ".")} | rebuilt
     return {"dtype": str(model.dtype).removeprefix("torch."), "modules": changed}
 
 
-def _shapes(module: nn.Module) -> list[Any]:
+def _made_as(module: nn.Module) -> tuple[Any, ...]:
+    """Class, options and shapes: two modules for which they are equal differ only in their tensors' values."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return [(name, tuple(tensor.shape)) for name, tensor in own]
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in own]
+    return type(module), module.options if isinstance(module, StoredModule) else None, shapes
 
 
 def _options(name: str, module: nn.Module) -> dict[str, Any]:
@@ -140,15 +162,33 @@ def _load_model(folder: Path, device: Any) -> nn.Module:
             replace_module(model, name, _class(module["class"], nn.Module)(**module["options"]))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    tensors = load_file(folder / WEIGHTS, device=str(device))
-    for name, tensor in tensors.items():
-        _assign(model, name, tensor)
+    for name, tensor in _read(folder / WEIGHTS):
+        _assign(model, name, tensor.to(device))
     for name, first in structure["shared"].items():
         _assign(model, name, model.get_parameter(first))
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if left:
         raise ModelError(f"{folder / WEIGHTS} lacks {left[0]}, which its structure names; save the system again")
     return model.eval()
+
+
+def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file, each read into memory of its own.
+
+    The format's own loader maps the file, where a tensor starts at any byte; kernels that load whole vectors crash on
+    that. Mapped pages would also stay in the process's peak beside every copy made of them.
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            start, end = entry["data_offsets"]
+            file.seek(8 + length + start)
+            if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != end - start:
+                raise ModelError(f"{path} is cut short; save the system again")
+            yield name, tensor
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
