@@ -43,7 +43,8 @@ class Magnitude(LayerTechnique):
         weight = linear.weight.data
         score = weight.abs().float()
         if self.pattern == "unstructured":
-            count = int(score.numel() * self.sparsity)
+            # one more than the share says: the released code also zeroes the weight at the threshold itself
+            count = int(score.numel() * self.sparsity) + 1 if self.sparsity else 0
             lowest = score.flatten().argsort(stable=True)[:count]
             mask = torch.zeros(score.numel(), dtype=torch.bool, device=weight.device)
             mask[lowest] = True
@@ -51,7 +52,7 @@ class Magnitude(LayerTechnique):
         else:
             zeros, run = (int(part) for part in self.pattern.split(":"))
             groups = score.unflatten(1, (-1, run))
-            lowest = groups.argsort(-1, stable=True)[..., :zeros]
+            lowest = groups.argsort(dim=-1, stable=True)[..., :zeros]
             mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, lowest, True).flatten(1)
         linear.weight.data = weight.masked_fill(mask, 0)
         return linear
