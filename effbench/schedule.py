@@ -8,7 +8,6 @@ the threads each; what is timed runs alone, round by round with one dense worker
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ class Schedule:
         self.suite, self.out, self.scratch, self.progress = suite, out, scratch, progress
         self.dense, self.others = rows[0], [row for row in rows[1:] if row.status == "running"]
         self.beside = 2 if suite.device == "cpu" and suite.threads > 1 else 1
-        self.deadlines: dict[int, float] = {}
+        self.timed: set[int] = set()
 
     def work(self) -> None:
         """All stages of all rows. The workers are gone afterwards, whatever happens."""
@@ -153,19 +152,23 @@ class Schedule:
         log = self.out / "logs" / f"{record.slug}.log"
         job = self.workers.submit(f"effbench.jobs.{JOBS[stage]}", arguments, threads=threads, log=log)
         if stage != "serve":
-            self.deadlines[job] = time.monotonic() + self.suite.timeout_seconds
+            self.timed.add(job)
         return job
 
     def _ended(self) -> list[tuple[int, int, bool]]:
         """Jobs that have ended: number, exit code, whether their time was over. Waits for a moment at most."""
         ended = self.workers.collect(timeout=0.5)
+        late = {job for job in self.timed if self._runtime(job) > self.suite.timeout_seconds}
         if ended:
-            late = self.deadlines.pop(ended[0], math.inf) < time.monotonic()
-            return [(*ended, late)]
-        for job, deadline in self.deadlines.items():
-            if deadline < time.monotonic():
-                self.workers.cancel(job)
+            self.timed.discard(ended[0])
+            return [(*ended, ended[0] in late)]
+        for job in late:
+            self.workers.cancel(job)
         return []
+
+    def _runtime(self, job: int) -> float:
+        """Seconds since the job began to run."""
+        return time.monotonic() - self.workers.started.get(job, time.monotonic())
 
     def _settle(self, pipeline: str, stage: str, job: int, code: int, timed_out: bool) -> None:
         """What the end of a stage means for its row."""

@@ -4,7 +4,7 @@ Importing torch, transformers and lm-eval costs seconds; a fork costs millisecon
 process never touches a model. Jobs and outcomes are JSON lines; results travel through files.
 
     Workers (in the caller)  --{"job", "call", "arguments", "threads", "log"}-->  the clean process  --fork-->  child
-                             <--{"job", "exit"}--
+                             <--{"job", "started"} and {"job", "exit"}--
 
 All die with the caller: the clean process ends when its input does, and its children are told to end with it.
 """
@@ -58,6 +58,8 @@ class Workers:
         )
         self._next = 0
         self._logs: dict[int, Path] = {}
+        self.started: dict[int, float] = {}
+        """When each job began to run, by `time.monotonic`; one that still waits is not there."""
 
     def submit(self, call: str, arguments: dict[str, Any], *, threads: int, log: Path) -> int:
         """Start a job; its number. What it prints goes to `log`."""
@@ -67,7 +69,8 @@ class Workers:
         return self._next
 
     def collect(self, timeout: float | None = None) -> tuple[int, int] | None:
-        """The number and exit code of a job that has ended, negative for a signal; `None` after the timeout."""
+        """The number and exit code of a job that has ended, negative for a signal; `None` if none has within the
+        timeout, or a job has only begun."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout)
         if not ready:
@@ -76,6 +79,9 @@ class Workers:
         if not line:
             raise WorkerError(f"the worker process ended on its own (exit code {self._process.wait()})")
         answer = json.loads(line)
+        if "started" in answer:
+            self.started[answer["job"]] = time.monotonic()
+            return None
         return answer["job"], answer["exit"]
 
     def cancel(self, job: int) -> None:
@@ -112,6 +118,7 @@ class Workers:
 
 def _serve() -> None:
     """The clean process: import, then fork on request until the input ends."""
+    _die_with_parent()
     for name in IMPORTS:
         import_module(name)
     children: dict[int, int] = {}
@@ -146,6 +153,7 @@ def _answer(message: dict[str, Any], children: dict[int, int]) -> None:
     if child == 0:
         _child(message)
     children[child] = message["job"]
+    os.write(1, json.dumps({"job": message["job"], "started": True}).encode() + b"\n")
 
 
 def _reap(children: dict[int, int]) -> None:
@@ -196,7 +204,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _die_with_parent() -> None:
-    """Linux: be killed when the clean process ends; elsewhere the closed input has to do."""
+    """Linux: be killed when the process that started this one ends; elsewhere the closed input has to do."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

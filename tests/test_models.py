@@ -1,0 +1,106 @@
+"""From a name to a system, or to one sentence."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, random_system
+
+from effbench import models
+from effbench.errors import ModelError
+from effbench.reference import NAMES
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with safetensors weights."""
+    system = random_system("llama")
+    system.model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    system.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_reference_model_loads_in_the_dtype_asked_for(name: str) -> None:
+    system = models.load(name, "float32")
+    assert system.model.dtype == torch.float32 and system.context == 512
+    assert models.load(name).model.dtype == torch.bfloat16
+
+
+def test_a_folder_loads(folder: Path) -> None:
+    models.check(str(folder))
+    ids = torch.arange(10, 20)[None]
+    expected = random_model("llama")(input_ids=ids).logits
+    assert torch.equal(models.load(str(folder)).model(input_ids=ids).logits, expected)
+
+
+def test_outliers_leave_the_function_as_it_is() -> None:
+    ids = torch.arange(10, 74)[None]
+    plain, stressed = models.load("ref-70k", "float32"), models.load("ref-70k@outliers", "float32")
+    assert torch.allclose(plain.model(ids).logits, stressed.model(ids).logits, atol=1e-3)
+    norms = [name for name, _ in plain.model.named_parameters() if "layernorm" in name]
+    assert any(
+        stressed.model.get_parameter(name).abs().max() > 4 * plain.model.get_parameter(name).abs().max()
+        for name in norms
+    )
+
+
+def refused(name: str, **trust: bool) -> str:
+    with pytest.raises(ModelError) as caught:
+        models.check(name, models.Trust(**trust))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    assert "did you mean 'ref-1m'" in refused("ref-1n")
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    assert "ref-1m@outliers" in refused("ref-1m@odd")
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    assert "no model" in refused(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in refused(str(folder))
+
+
+def test_pickled_weights_are_refused_unless_allowed(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    assert "--allow-pickle" in refused(str(folder))
+    models.check(str(folder), models.Trust(pickle=True))
+
+
+def test_weights_cut_short_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "cut short" in refused(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5, b"\xff" * 64, struct.pack("<Q", 4) + b"{[}]"])
+def test_a_corrupt_header_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    assert "corrupt" in refused(str(folder))
+
+
+def test_a_hub_id_without_a_network_is_refused_in_one_sentence() -> None:
+    assert "hub" in refused("nobody/no-such-model")
+
+
+def test_a_folder_whose_config_names_an_unknown_architecture_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "martian", "architectures": ["Martian"]}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        models.load(str(folder))
+
+
+def test_float16_on_a_cpu_is_refused_with_the_reason() -> None:
+    with pytest.raises(ModelError, match="slower"):
+        models.load("ref-70k", "float16")

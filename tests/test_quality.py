@@ -1,0 +1,84 @@
+"""Perplexity and divergence against a loop that anybody would write."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_system
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from effbench.data import FileSource, Windows
+from effbench.measure.quality import DenseLogProbabilities, score
+from effbench.technique import System
+
+
+def windows(*lengths: int, vocabulary: int = 1024) -> Windows:
+    rng = np.random.default_rng(0)
+    return Windows([rng.integers(3, vocabulary, length) for length in lengths], bytes_scored=100)
+
+
+def plain_loop(model: torch.nn.Module, text: Windows) -> float:
+    """Mean nats per token, one window after the other."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in text.ids:
+            row = torch.from_numpy(ids)[None]
+            logits = model(input_ids=row).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
+            count += len(ids) - 1
+    return total / count
+
+
+def test_perplexity_equals_a_plain_loop_also_through_the_cache_in_chunks(architecture: str) -> None:
+    system, text = random_system(architecture, torch.float32), windows(200, 37, 128, 200)
+    expected = plain_loop(system.model, text)
+    for found in (score(system, text), *(score(system, text, through_cache=True, chunk=c) for c in (1, 50, 64))):
+        assert found.nll_per_token == pytest.approx(expected, rel=1e-5)
+        assert found.tokens == [199, 36, 127, 199]
+
+
+def test_real_checkpoint_has_the_perplexity_of_a_plain_loop(stories: tuple[Path, Path]) -> None:
+    folder, path = stories
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    system = System.dense(model, AutoTokenizer.from_pretrained(folder))
+    text = FileSource(path, system.tokenizer).evaluation(system.context, 24)
+    expected = math.exp(plain_loop(model, text))
+    assert expected < 30
+    assert score(system, text).perplexity == pytest.approx(expected, rel=1e-4)
+    assert score(system, text, through_cache=True).perplexity == pytest.approx(expected, rel=1e-4)
+
+
+def test_nats_of_each_kind_of_token_add_up_to_all_of_them() -> None:
+    text = windows(64, 64)
+    kinds = [np.random.default_rng(1).integers(0, 2, 64) for _ in text.ids]
+    text = Windows(text.ids, 100, kinds, ("odd", "even"))
+    found = score(random_system("llama"), text)
+    for place in range(2):
+        assert found.nats[place] == pytest.approx(sum(found.kind_nats[name][place] for name in ("odd", "even")))
+        assert sum(found.kind_tokens[name][place] for name in ("odd", "even")) == 63
+
+
+def test_dense_does_not_diverge_from_itself_and_another_model_does(tmp_path: Path) -> None:
+    text, path = windows(64, 64, 30), tmp_path / "dense.npy"
+    dense, other = random_system("llama"), random_system("llama", seed=1)
+    writing = DenseLogProbabilities(path, text, 1024, write=True)
+    score(dense, text, writing)
+    writing.finish()
+    same = score(dense, text, DenseLogProbabilities(path, text, 1024, write=False))
+    assert sum(same.kl.values()) == 0 and sum(same.agreed.values()) == same.compared_tokens == 63 + 63 + 29
+    different = score(other, text, DenseLogProbabilities(path, text, 1024, write=False))
+    expected = 0.0
+    with torch.no_grad():
+        for ids in text.ids:
+            row = torch.from_numpy(ids)[None]
+            p, q = (s.model(input_ids=row).logits[0, :-1].float().log_softmax(-1) for s in (dense, other))
+            expected += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+    assert sum(different.kl.values()) == pytest.approx(expected, rel=1e-3)
+    assert min(different.kl.values()) > 0
+
+
+def test_bits_per_byte_is_nats_in_bits_over_the_bytes_scored() -> None:
+    found = score(random_system("llama"), windows(64))
+    assert found.bits_per_byte(200) == pytest.approx(sum(found.nats) / math.log(2) / 200)
