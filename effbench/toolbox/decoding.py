@@ -1,9 +1,11 @@
-"""Plain decoding: one token for each pass over the model."""
+"""The door through which tokens enter a model and its cache, and plain decoding: one token for each pass."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +27,47 @@ class Generation:
     accepted: int = 0
 
 
-def forward(model: nn.Module, ids: Tensor, cache: Cache, start: int) -> Tensor:
+class MaskedCache(Cache):
+    """A cache that says itself which keys a query sees, since a model takes all that it is given for its past.
+
+    `tokens_at_once` is how many tokens one pass may feed, so that what a long prompt needs stays bounded.
+    """
+
+    tokens_at_once: int
+
+    def mask(self, tokens: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+        """What goes in as `attention_mask` with the next `tokens` tokens: (1, 1, tokens, keys), one for each type
+        of layer where a model has several; `None` where the model's own causal mask is right."""
+        raise NotImplementedError
+
+
+def forward(model: nn.Module, ids: Tensor, cache: Cache, start: int, *, last: bool = False) -> Tensor:
     """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens), the first of which stands at place `start`.
 
-    Positions are passed explicitly, since an evicting cache no longer knows them.
+    With `last` only those of the last token, (batch, 1, vocabulary). Positions are passed explicitly, since an
+    evicting cache no longer knows them.
     """
+    if not isinstance(cache, MaskedCache):
+        return _pass(model, ids, cache, start, None, last)
+    pieces, step = [], cache.tokens_at_once
+    for begin in range(0, ids.shape[1], step):
+        piece = ids[:, begin : begin + step]
+        mask = cache.mask(piece.shape[1], ids.device)
+        pieces.append(_pass(model, piece, cache, start + begin, mask, last))
+    return pieces[-1] if last or len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _pass(
+    model: nn.Module, ids: Tensor, cache: Cache, start: int, mask: Tensor | dict[str, Tensor] | None, last: bool
+) -> Tensor:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    more: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+    if last and ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # A prompt's other logits are never looked at, and over a large vocabulary they outweigh the model.
+        more["logits_to_keep"] = 1
+    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **more)
     logits: Tensor = output.logits
-    return logits
+    return logits[:, -1:] if last else logits
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -67,7 +101,7 @@ def plain_decode(
     ends = torch.tensor(list(stop), device=ids.device, dtype=ids.dtype)
     ended = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
     pieces, length = [ids], ids.shape[1]
-    logits = forward(model, ids, cache, 0)[:, -1]
+    logits = forward(model, ids, cache, 0, last=True)[:, -1]
     passes = 0
     for step in range(max_new_tokens):
         token = draw(logits, temperature, generator)
