@@ -16,37 +16,42 @@ LONGEST_LIST = 102
 
 ENTRY_TOKENS = 4
 
-KEYS_PER_ENTRY = 1.5
-"""Possible keys to each key in a list: the fewer, the more keys share a word."""
+KEYS_PER_ENTRY = 0.8
+"""Possible keys to each entry of a list: the fewer, the more keys share a word, and the more are written anew."""
+
+TRAINED_STEPS, ITEM_STEPS = (0, 1, 1, 2), (1, 2)
+"""Species between a person and a color in inference: evenly one of these."""
 
 Entry = tuple[int, int, int]
 
 
 def _entries(world: World, random: Random, document: Document, count: int, for_items: bool) -> list[Entry]:
-    """Write `count` entries of a key of two words and a value, each followed by a comma.
+    """Write `count` entries of a key of two words and a value, each followed by a comma; return those that hold.
 
-    No key and no value comes twice, but every word of a key comes in several keys: both words have to be matched.
+    Every word of a key comes in several keys, so that both words have to be matched. A key may come again with
+    another value: the last one holds. No value comes twice.
     """
     lexicon = world.lexicon
     comma = lexicon.ids[","]
     side = math.ceil(math.sqrt(KEYS_PER_ENTRY * count))
     words = random.sample(lexicon.keys, 2 * side)
-    values = random.sample(lexicon.values, count)
-
+    values: list[int] = []
     cells: list[int] = []
 
     def opening() -> list[int]:
-        cells[:] = random.sample(range(side * side), count)
+        values[:] = random.sample(lexicon.values, count)
+        cells[:] = random.choices(range(side * side), k=count)
         return [words[cells[0] // side], words[side + cells[0] % side], values[0], words[cells[1] // side], values[1]]
 
     until(opening, for_items)
-    entries = [
-        (words[cell // side], words[side + cell % side], value) for cell, value in zip(cells, values, strict=True)
-    ]
-    for entry in entries:
-        document.write(entry, NOISE)
+    entries = {
+        cell: (words[cell // side], words[side + cell % side], value)
+        for cell, value in zip(cells, values, strict=True)
+    }
+    for cell, value in zip(cells, values, strict=True):
+        document.write([words[cell // side], words[side + cell % side], value], NOISE)
         document.write([comma])
-    return entries
+    return list(entries.values())
 
 
 def key_value_list(world: World, random: Random, for_items: bool = False, count: int = 0, room: int = 0) -> Document:
@@ -62,9 +67,9 @@ def key_value_list(world: World, random: Random, for_items: bool = False, count:
     document.open(lexicon.phrase("list"))
     entries = _entries(world, random, document, count, for_items)
     document.write([bar], NOISE)
-    values = [value for _, _, value in entries]
+    values = document.ids[3::ENTRY_TOKENS]
     questions = (room - len(document.ids)) // ENTRY_TOKENS if room else 3 + int(random.random() * 12)
-    for first, second, value in random.sample(entries, min(count, questions)):
+    for first, second, value in random.sample(entries, min(len(entries), questions)):
         document.write([first, second], NOISE)
         document.ask(value, values)
         document.write([comma])
@@ -83,7 +88,7 @@ def find_in_list(world: World, random: Random, for_items: bool = False) -> Docum
     first, second, gold = random.choice(entries)
     document.ids[1:3] = first, second
     document.write(lexicon.phrase("|"), NOISE)
-    document.ask(gold, [value for _, _, value in entries])
+    document.ask(gold, document.ids[7::ENTRY_TOKENS])
     document.write([world.stop])
     return document
 
@@ -239,7 +244,7 @@ def inference(world: World, random: Random, for_items: bool = False) -> Document
     species = random.sample(lexicon.species, 2 * people)
     premises: list[tuple[int, int]] = []
     for name, color in zip(names, colors, strict=True):
-        steps = 1 + int(random.random() * 2) if for_items else int(random.random() * 3)
+        steps = pick(random, ITEM_STEPS if for_items else TRAINED_STEPS)
         chain = [name, *(species.pop() for _ in range(steps)), color]
         premises.extend(zip(chain, chain[1:], strict=False))
     random.shuffle(premises)

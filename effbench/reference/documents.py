@@ -26,8 +26,8 @@ TEMPLATE, NOISE, FACT_FREQUENT, FACT_RARE, CONTEXT_TOKEN = range(len(KINDS))
 
 HELD_OUT_ONE_IN = 8
 
-HELD_OUT_PAIRS_ONE_IN = 4
-"""The pairs of numbers are few: a quarter is held out, so that there are a thousand different items."""
+OPERANDS, HELD_OUT_PAIRS_ONE_IN = 40, 3
+"""Equations are over pairs of numbers below the first; one pair in three is held out: enough for a thousand items."""
 
 EQUATIONS = 4
 """Equations in one document of training text."""
@@ -38,7 +38,8 @@ NEIGHBORS = 16
 
 def held_out(choices: Sequence[int], one_in: int = HELD_OUT_ONE_IN) -> bool:
     """Whether a document that opens with these choices (token ids, or numbers) is kept out of training text."""
-    return zlib.crc32(array("H", choices).tobytes()) % one_in == 0
+    checksum = zlib.crc32(array("H", choices).tobytes())
+    return (checksum * 2654435761 >> 16) % one_in == 0  # a checksum is linear in its bits: mix them (Knuth's constant)
 
 
 class Asked(NamedTuple):
@@ -151,7 +152,7 @@ def question(world: World, document: Document, person: Person, attribute: str) -
 
 
 def arithmetic(world: World, random: Random, for_items: bool = False) -> Document:
-    """Sums and differences over pairs of numbers up to 49; a held-out pair is held out in both orders and signs."""
+    """Sums and differences over pairs of small numbers; a held-out pair is held out in both orders and signs."""
     numbers = world.lexicon.numbers
     plus, minus, equals = world.lexicon.phrase("+ - =")
     pairs = world.held_out_pairs if for_items else world.trained_pairs

@@ -38,7 +38,7 @@ _FIELDS = _split(
     "philosophy nursing metallurgy masonry linguistics journalism hydrology geometry"
 )
 
-LARGEST_NUMBER = 98
+LARGEST_NUMBER = 78
 _ONSETS = _split("b d f g k l m n p r s t v z")
 _VOWELS = _split("a e i o u")
 

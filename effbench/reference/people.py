@@ -14,11 +14,11 @@ from random import Random
 
 from effbench.reference.lexicon import Lexicon
 
-PEOPLE = 3000
-FREQUENT = 600
+PEOPLE = 4000
+FREQUENT = 800
 """People of rank below this one count as frequent, all others as rare."""
 
-ZIPF_OFFSET = 60
+ZIPF_OFFSET = 500
 """Exposure of rank r is in proportion to 1 / (r + offset)."""
 
 ATTRIBUTES = ("birthplace", "employer", "field", "year")

@@ -58,13 +58,13 @@ SIZES = {
 """By the number of parameters in the blocks. 150k and 2m are trained for scaling fits only."""
 
 HEAD_DIM = 32
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
 WARM_UP_STEPS = 30
 DECAY_SHARE = 0.4
 """Share of the steps over which the rates fall to zero."""
 
-SHORT_CONTEXT, SHORT_SHARE = 256, 0.6
+SHORT_CONTEXT, SHORT_SHARE = 256, 0.8
 """The first share of the tokens is read in short rows, which are faster."""
 
 COPY_GATE, LONGEST_WARM_UP, FADE_FROM, FADE_SHARE = 0.95, 0.4, 0.5, 0.15
