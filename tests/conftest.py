@@ -11,8 +11,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from effbench.data import Data  # noqa: E402
 from effbench.reference.tokenizer import build_tokenizer  # noqa: E402
 from effbench.reference.world import World  # noqa: E402
+from effbench.registry import parse  # noqa: E402
 from effbench.technique import System  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -62,6 +64,23 @@ def random_model(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: i
 def random_system(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> System:
     """The same as a dense system with the synthetic world's tokenizer."""
     return System.dense(random_model(architecture, dtype, seed), build_tokenizer(World().vocabulary))
+
+
+def applied(system: System, pipeline: str) -> System:
+    """`system` after a pipeline whose techniques all fit it and need no text."""
+    data = Data(None, context=64, load=lambda name: pytest.fail(f"asked for {name}"))
+    for technique in parse(pipeline):
+        assert technique.unfit(system) is None
+        system = technique.apply(system, data)
+    return system
+
+
+def logits(system: System) -> torch.Tensor:
+    """What the model itself says to two rows of twelve tokens."""
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.inference_mode():
+        found: torch.Tensor = system.model(input_ids=ids).logits.float()
+    return found
 
 
 @pytest.fixture(params=sorted(CONFIGS))

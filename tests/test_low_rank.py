@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_system
+from conftest import applied, logits, random_system
 from golden_layer import agrees, golden_linear, output_error
-from test_quantization import applied, logits
 from torch import nn
 
 from effbench import store

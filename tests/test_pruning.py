@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_system
+from conftest import applied, logits, random_system
 from golden_layer import agrees, golden_linear, output_error
-from test_quantization import applied, logits
 from torch import nn
 
 from effbench.measure.memory import stored_bytes

@@ -5,33 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_system
+from conftest import applied, logits, random_system
 from golden_layer import agrees, golden_inputs, golden_linear, output_error
 from torch import nn
 
 from effbench import models, store
-from effbench.data import Data
 from effbench.errors import TechniqueError
 from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.registry import get, parse
-from effbench.technique import System
 from effbench.toolbox.packed import PackedLinear
 from effbench.toolbox.walk import matrices
-
-NO_DATA = Data(None, context=64, load=lambda name: pytest.fail(f"asked for {name}"))
-
-
-def applied(system: System, pipeline: str) -> System:
-    for technique in parse(pipeline):
-        assert technique.unfit(system) is None
-        system = technique.apply(system, NO_DATA)
-    return system
-
-
-def logits(system: System) -> torch.Tensor:
-    ids = torch.arange(3, 27).view(2, 12)
-    with torch.inference_mode():
-        return system.model(input_ids=ids).logits.float()
 
 
 def test_the_golden_layer_is_the_one_whose_errors_are_known() -> None:
