@@ -1,0 +1,92 @@
+"""Text that is generated and committed: the leaderboards in results/ and the blocks of the README.
+
+python -m effbench.report.docs            writes it
+python -m effbench.report.docs --check    says what is out of date, and exits with 1 if anything is
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from effbench import registry, results
+from effbench.columns import COLUMNS
+from effbench.measure.derived import rows
+from effbench.report.markdown import markdown
+from effbench.report.table import VIEWS
+
+ROOT = Path(__file__).parent.parent.parent
+README_VIEWS = (
+    "perplexity",
+    "nll_difference",
+    "accuracy",
+    "decode_speedup",
+    "stored_bytes",
+    "bits_per_weight",
+    "cache_bytes_per_token",
+)
+"""The columns of the README's table; the leaderboard it links to has all of them."""
+
+
+def documents(root: Path = ROOT) -> dict[Path, str]:
+    """What every generated file should say."""
+    texts = {}
+    for suite in sorted((root / "results").glob("*/suite.toml")):
+        if (suite.parent / "records").is_dir():
+            records, _ = results.load_all(suite.parent)
+            texts[suite.parent / "README.md"] = f"# {suite.parent.name}\n\n{markdown(rows(records))}"
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, content in blocks(root).items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}{found[2]}", text)
+    texts[readme] = text
+    return texts
+
+
+def blocks(root: Path = ROOT) -> dict[str, str]:
+    """The README's generated blocks, by name."""
+    families: dict[str, list[registry.Entry]] = {}
+    for entry in registry.entries().values():
+        if entry.path is not None:  # what else is installed here is not part of this project
+            families.setdefault(entry.family, []).append(entry)
+    listed = [
+        f"- **{family.replace('_', ' ')}**: "
+        + "; ".join(f"`{entry.name}` ({_lower(entry.summary)})" for entry in found)
+        for family, found in sorted(families.items())
+    ]
+    columns = ["| column | unit | better | how it is measured |", "|---|---|---|---|"]
+    columns += [f"| `{c.name}` | {c.unit} | {c.better} | {_escaped(c.meaning)} |" for c in COLUMNS]
+    made = {"techniques": "\n".join(listed) + "\n", "columns": "\n".join(columns) + "\n"}
+    if (root / "results" / "reference" / "records").is_dir():
+        records, _ = results.load_all(root / "results" / "reference")
+        made["table"] = markdown(rows(records), [view for view in VIEWS if view.name in README_VIEWS])
+    return made
+
+
+def _lower(summary: str) -> str:
+    """A summary's first sentence as part of another one."""
+    text = summary.partition(". ")[0].rstrip(".")
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> int:
+    """Write or check; the exit code."""
+    stale = [path for path, text in documents().items() if not path.is_file() or path.read_text("utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date; run python -m effbench.report.docs", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(documents()[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
