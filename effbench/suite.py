@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -61,9 +62,32 @@ class Suite:
         return content
 
 
+DEFAULT = "reference"
+"""The suite that is run when no technique is asked for."""
+
+
+def ask(
+    model: str | None = None, techniques: Sequence[str] | None = None, suite: str | None = None, **changes: Any
+) -> Suite:
+    """A question as users put it: a suite, by name or file, with some of its fields changed.
+
+    Without a suite and without techniques it is the default suite; `None` leaves a field as it is.
+    Raises `UsageError` as `load` does, and for a field that there is not.
+    """
+    if suite is None and techniques is None:
+        suite = DEFAULT
+    known = [f.name for f in fields(Suite)]
+    for name in changes:
+        if name not in known:
+            raise UsageError(f"a run has no option {name!r}{suggest(name, known)} (it has: {', '.join(known)})")
+    changes |= {"model": model, "techniques": None if techniques is None else tuple(techniques)}
+    base = load(suite) if suite else Suite()
+    return replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+
 def names() -> dict[str, Path]:
     """The suites that come with effbench."""
-    package = import_module("effbench.results")
+    package = import_module("effbench.leaderboards")
     found = [path for folder in package.__path__ for path in Path(folder).glob("*/suite.toml")]
     return {path.parent.name: path for path in sorted(found)}
 
