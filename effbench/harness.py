@@ -1,7 +1,7 @@
 """The question: what is asked of a run is made whole, checked before anything is measured, and answered.
 
-    run               a suite -> a folder of records (the rows are worked off by `effbench.schedule`)
-    apply_and_save    a model and a pipeline -> a saved system
+run               a suite -> a folder of records (the rows are worked off by `effbench.schedule`)
+apply_and_save    a model and a pipeline -> a saved system
 """
 
 from __future__ import annotations
@@ -38,21 +38,24 @@ def run(suite: Suite, out: Path | None = None, progress: Progress | None = None)
 
 def resolve(suite: Suite) -> Suite:
     """The suite with its automatic values filled in for this machine."""
-    device = suite.device
-    if device != "cpu":
-        import torch
-
-        available = torch.cuda.is_available()
-        if device == "cuda" and not available:
-            raise UsageError("--device cuda was asked for, but torch sees no CUDA device (`effbench doctor` says more)")
-        device = "cuda" if available else "cpu"
+    device = resolve_device(suite.device)
     threads = suite.threads or len(os.sched_getaffinity(0))
     tasks = suite.tasks
     if not tasks and models.is_reference(suite.model) and suite.text is None:
-        from effbench.measure.accuracy import task_names
-
-        tasks = tuple(task_names())
+        tasks = tuple(registry.tasks())
     return replace(suite, device=device, threads=threads, tasks=tasks)
+
+
+def resolve_device(asked: str) -> str:
+    """The device that "auto" means here; raises `UsageError` for "cuda" where there is none."""
+    if asked == "cpu":
+        return asked
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device (`effbench doctor` says more)")
+    return "cuda" if available else "cpu"
 
 
 def check(suite: Suite) -> list[str]:
@@ -72,7 +75,7 @@ def check(suite: Suite) -> list[str]:
         if pipeline not in pipelines:
             pipelines.append(pipeline)
     _check_text(suite)
-    if suite.tasks:
+    if not set(suite.tasks) <= set(registry.tasks()):
         from effbench.measure.accuracy import check_tasks
 
         check_tasks(suite.tasks)

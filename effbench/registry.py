@@ -76,6 +76,13 @@ def names() -> list[str]:
     return [entry.name for entry in sorted(entries().values(), key=lambda e: (e.family, e.name))]
 
 
+def tasks() -> dict[str, Path]:
+    """The tasks that come with effbench, by name: lm-eval files, one for each."""
+    folders = import_module("effbench.tasks").__path__
+    found = sorted(path for folder in folders for path in Path(folder).glob("*.yaml"))
+    return {path.stem: path for path in found if not path.stem.startswith("_")}
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
     """` did you mean 'x'?` where something known is close to `word`, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -164,12 +171,12 @@ def split(pipeline: str) -> list[tuple[str, dict[str, str]]]:
     shape = "write it as name:option=value,option=value+name"
     steps = []
     for step in text.split("+"):
-        name, colon, rest = step.strip().partition(":")
+        name, colon, rest = (piece.strip() for piece in step.partition(":"))
         if not name or (colon and not rest):
             raise TechniqueError(f"pipeline {pipeline!r} is malformed near {step!r}: {shape}")
         options: dict[str, str] = {}
         for pair in rest.split(",") if rest else []:
-            option, equals, value = pair.strip().partition("=")
+            option, equals, value = (piece.strip() for piece in pair.partition("="))
             if not (option and equals and value):
                 raise TechniqueError(f"pipeline {pipeline!r} is malformed near {pair!r}: {shape}")
             if option in options:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
+from effbench import registry
 from effbench.errors import TaskError
 from effbench.measure.quality import scored_through_cache, window_logits
 from effbench.registry import suggest
 from effbench.technique import System
 
-REFERENCE = Path(__file__).parent.parent.parent / "tasks"
+REFERENCE = Path(next(iter(import_module("effbench.tasks").__path__)))
 BATCH_TOKENS = 8192
 """Tokens in a batch of contexts."""
 
@@ -50,6 +51,7 @@ class SystemLM(TemplateLM):
         super().__init__()
         self.system, self.tokenizer, self._batch_tokens = system, system.tokenizer, batch_tokens
         self._through_cache = scored_through_cache(system)
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -72,11 +74,30 @@ class SystemLM(TemplateLM):
         """Fingerprints lm-eval's request cache."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The log-likelihood of each request's choice after its context, and whether greedy decoding would give it.
+
+        All texts are tokenized at once, each different one once: one by one it would take longer than the model.
+        """
+        pairs = [request.args for request in requests]
+        texts = {context.rstrip() for context, _ in pairs} | {context + choice for context, choice in pairs}
+        listed = sorted(text for text in texts if not self._starts_itself(text))
+        if listed:
+            self._encoded = dict(zip(listed, self.tokenizer(listed, verbose=False)["input_ids"], strict=True))
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._encoded.clear()
+        return answers
+
+    def _starts_itself(self, text: str) -> bool:
+        """Whether a text brings its own start token."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids as the tokenizer makes them; no second start token where the text brings its own."""
+        if add_special_tokens is None and string in self._encoded:
+            return self._encoded[string]
         options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        start = self.tokenizer.bos_token
-        if add_special_tokens is None and start and string.startswith(start):
+        if add_special_tokens is None and self._starts_itself(string):
             options["add_special_tokens"] = False
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
@@ -175,7 +196,7 @@ def _manager(names: Sequence[str]) -> Any:
 
 def task_names() -> list[str]:
     """The tasks that come with effbench, by file name."""
-    return sorted(path.stem for path in REFERENCE.glob("*.yaml") if not path.stem.startswith("_"))
+    return list(registry.tasks())
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -193,22 +214,16 @@ def evaluate(system: System, names: Sequence[str], limit: int | None = None) -> 
 
     Raises `TaskError` where a task's data cannot be had.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate as run
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            output = simple_evaluate(
-                model=SystemLM(system),
-                tasks=list(names),
-                task_manager=_manager(names),
-                num_fewshot=0,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-                verbosity="ERROR",
-            )
+            loaded = _manager(names).load(list(names))
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=0)
+            output = run(lm=SystemLM(system), task_dict=loaded, limit=limit, bootstrap_iters=0, verbosity="ERROR")
     except (ConnectionError, FileNotFoundError) as reason:
         raise TaskError(f"the data of {', '.join(names)} cannot be had without a network ({reason})") from None
     results = {}
