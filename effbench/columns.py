@@ -6,7 +6,15 @@ compared with an interval. Columns of the form `name/part` (a task, a kind of to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+SCALES: dict[str, tuple[tuple[float, str], ...]] = {
+    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
+    "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "J": ((1, "J"), (1e-3, "mJ"), (1e-6, "µJ")),
+}
+"""Units that are written with a prefix, largest first."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,19 @@ class Column:
     meaning: str
     derived: bool = False
     title: str = ""
+
+    def scale(self, value: float) -> tuple[float, str]:
+        """The factor and the name of the unit in which a value of this size is easily read."""
+        scales = SCALES.get(self.unit, ((1, self.unit),))
+        return next((entry for entry in scales if abs(value) >= entry[0]), scales[-1])
+
+    def text(self, value: float | None) -> str:
+        """The value with its unit, as in a sentence; a dash for none."""
+        if value is None:
+            return "–"
+        factor, unit = self.scale(value)
+        number = significant(value / factor) if self.unit in SCALES else decimal(value, self.digits)
+        return f"{number}{'' if unit == 'x' else ' '}{unit}".rstrip()
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -47,9 +68,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("top1_agreement", "", "higher", True, 3, "share of tokens with the same best next token as dense"),
     Column("prefill_seconds", "s", "lower", False, 4, "from the prompt to the first new token", title="prefill"),
     Column("prefill_speedup", "x", "higher", False, 2, "dense prefill time / this, interleaved rounds", derived=True),
-    Column(
-        "decode_seconds_per_token", "s", "lower", False, 5, "time of one further token", title="decode/token"
-    ),
+    Column("decode_seconds_per_token", "s", "lower", False, 5, "time of one further token", title="decode/token"),
     Column(
         "decode_speedup",
         "x",
@@ -67,8 +86,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("acceptance_rate", "", "higher", True, 3, "share of drafted tokens that were accepted"),
     Column("peak_bytes", "bytes", "lower", False, 1, "peak resident memory of the process that runs it", title="peak"),
-    Column("peak_growth_bytes", "bytes", "lower", False, 1, "that peak above the empty process", title="peak growth"),
-    Column("peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator"),
+    Column("peak_growth_bytes", "bytes", "lower", False, 1, "that peak above the empty process", title="peak+"),
+    Column("peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator", title="GPU peak"),
     Column("stored_bytes", "bytes", "lower", True, 2, "unique storages of all parameters and buffers", title="stored"),
     Column("bits_per_weight", "bits", "lower", True, 2, "stored bits per weight of changed matrices", title="bits/w"),
     Column("promised_bits_per_weight", "bits", "", True, 2, "what the options promise of them", title="promised"),
@@ -88,3 +107,17 @@ BY_NAME: dict[str, Column] = {column.name: column for column in COLUMNS}
 def column(name: str) -> Column | None:
     """The column `name`; for `accuracy/piqa` the column `accuracy`. `None` for an unknown one."""
     return BY_NAME.get(name.partition("/")[0])
+
+
+def decimal(value: float, digits: int) -> str:
+    """With so many decimals; by its magnitude where it is far too large for a table."""
+    if digits == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 or not math.isfinite(value) else f"{value:.2g}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """With so many significant digits, all of those before the point."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"

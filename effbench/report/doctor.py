@@ -1,0 +1,45 @@
+"""What `effbench doctor` found, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from effbench.measure.host import OPTIONAL
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print a survey of the machine, section by section, advice last."""
+    machine, torch = found["machine"], found["torch"]
+    memory = f"{machine['memory_bytes'] / 2**30:.1f} GiB of memory" if machine["memory_bytes"] else ""
+    said = [f"{machine['cpu']}, {machine['cores']} cores to be used", memory, machine["system"]]
+    _section(console, "machine", [(" · ".join(filter(None, said)), "")])
+    _section(console, "instructions", [(" ".join(machine["flags"]) or "none that matter here", "")])
+    devices = [(device, "") for device in found["devices"]]
+    _section(console, "devices", devices if len(devices) > 1 else [*devices, ("no CUDA device", "dim")])
+    cuda = f"CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
+    _section(console, "torch", [(f"{torch['version']}, {torch['threads']} threads, {cuda}", "")])
+    _section(console, "kernels", [(f"{name}: {state}", _style(state)) for name, state in found["kernels"].items()])
+    _section(console, "energy", [(f"{device}: {source}", _style(source)) for device, source in found["energy"].items()])
+    packages = []
+    for module, installed in found["packages"].items():
+        name, purpose = OPTIONAL[module]
+        if installed:
+            packages.append((f"{name} {installed}", ""))
+        else:
+            packages.append((f"{name} is not installed; pip install {name} for {purpose}", "dim"))
+    _section(console, "packages", packages)
+    if "copy_bytes_per_second" in found:
+        _section(console, "memory copy", [(f"{found['copy_bytes_per_second'] / 1e9:.1f} GB/s read and written", "")])
+    _section(console, "advice", [(text, "yellow") for text in found["advice"]] or [("nothing to be done", "green")])
+
+
+def _style(state: str) -> str:
+    return "" if state in ("works", "RAPL", "NVML") else "yellow"
+
+
+def _section(console: Console, name: str, lines: list[tuple[str, str]]) -> None:
+    for place, (text, style) in enumerate(lines):
+        console.print(Text.assemble((f"{name if place == 0 else '':<14}", "bold"), (text, style)), soft_wrap=True)

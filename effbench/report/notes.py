@@ -1,0 +1,111 @@
+"""The words around a table: what was measured and where, why a dash is a dash, and what the figures do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from effbench.measure.derived import Row
+from effbench.report.frame import why_missing
+from effbench.report.table import DASH, Table, View
+
+
+def heading(rows: Sequence[Row]) -> str:
+    """Suite, model, dtype and device of the rows."""
+    record = rows[0].record
+    settings = record.settings
+    threads = settings.get("threads")
+    parts = [record.suite, record.model.rstrip("/").rpartition("/")[2], settings.get("dtype"), settings.get("device")]
+    if threads:
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+    return " · ".join(str(part) for part in parts if part)
+
+
+def conditions(rows: Sequence[Row]) -> list[str]:
+    """What was measured, on what machine."""
+    row = next((row for row in rows if row.record.status == "ok"), None)
+    if row is None:
+        return []
+    record, settings = row.record, row.record.settings
+    said = []
+    if "tokens" in record.samples:
+        tokens = record.samples["tokens"]
+        said.append(f"text: {sum(tokens):,.0f} tokens in {len(tokens):,} windows")
+    tasks = [items for name, items in record.samples.items() if name.startswith("correct/")]
+    if tasks:
+        chance = record.values.get("accuracy_chance")
+        guessing = f"; guessing gives {chance:.3f}" if chance is not None else ""
+        plural = "s" if len(tasks) > 1 else ""
+        said.append(f"acc: {sum(map(len, tasks)):,} items of {len(tasks)} task{plural}{guessing}")
+    if "decode_seconds" in record.samples:
+        prompt, new = settings.get("prompt_tokens"), settings.get("new_tokens")
+        rounds, batch = len(record.samples["decode_seconds"]), settings.get("batch")
+        said.append(f"time: {rounds} rounds of {prompt} + {new} tokens, batch {batch}")
+    found = [" · ".join(said)] if said else []
+    return found + [_machine(record.provenance)]
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+    machine = provenance.get("machine") or {}
+    said = []
+    if machine.get("cpu"):
+        said.append(f"{machine['cpu']}, {machine.get('cores', '?')} cores")
+    said.extend(machine.get("gpus", []))
+    commit = str(provenance.get("commit") or "")[:10]
+    code = f"effbench {provenance.get('effbench', '')}".strip()
+    if commit:
+        code += f" at {commit}{' with changes' if provenance.get('dirty') else ''}"
+    said.append(code)
+    torch = (provenance.get("packages") or {}).get("torch")
+    if torch:
+        said.append(f"torch {torch}")
+    return "machine: " + " · ".join(said)
+
+
+def legend(table: Table) -> list[str]:
+    """What the signs mean that really stand in this table."""
+    cells = [cell for line in table.lines for cell in line.cells]
+    names = {view.name for view in table.views}
+    said = []
+    if any("±" in cell.text for cell in cells):
+        said.append("± one standard error (Δnats: per token, above dense, paired over the same windows)")
+    if any("[" in cell.text for cell in cells):
+        said.append("[ ] 95 % interval over rounds interleaved with dense")
+    if any(cell.within_noise for cell in cells):
+        said.append("~ not told apart from dense")
+    if "bits_per_weight" in names and any("(" in cell.text for cell in cells):
+        said.append("( ) bits that the options promise")
+    if any(line.row.simulated for line in table.lines):
+        said.append("simulated: the bytes stored do not keep what the options promise")
+    return ["; ".join(said)] if said else []
+
+
+def dashes(table: Table) -> list[str]:
+    """The reason of every dash, those with the same one together, and of every column that is empty throughout."""
+    grouped: dict[str, dict[str, list[str]]] = {}
+    fine = [line for line in table.lines if line.cells]
+    for line in fine:
+        for view, cell in zip(table.views, line.cells, strict=True):
+            if cell.text == DASH:
+                grouped.setdefault(why_missing(line.row, view.name), {}).setdefault(view.title, []).append(line.label)
+    notes = []
+    for reason, columns in grouped.items():
+        labels = next(iter(columns.values()))
+        where = f" ({', '.join(labels)})" if len(labels) < len(fine) else ""
+        notes.append(f"{DASH} {', '.join(columns)}: {reason}{where}")
+    return notes + _empty(table.empty, [line.row for line in fine])
+
+
+def _empty(views: Sequence[View], rows: Sequence[Row]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for view in views if rows else ():
+        reasons.setdefault(why_missing(rows[0], view.name), []).append(view.title)
+    said = [f"{', '.join(titles)} {DASH} {reason}" for reason, titles in reasons.items()]
+    return ["not measured: " + "; ".join(said)] if said else []
+
+
+LIMITS = (
+    "These figures hold for this model, text, dtype, batch and machine. Rows whose intervals overlap are not ranked; "
+    "a larger model, another batch or other kernels can turn an order of speed round."
+)
+"""What no column can say."""

@@ -1,0 +1,156 @@
+"""What a table shows, whoever draws it: headings with units, cells as text, notes for all that needs a word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from effbench.columns import BY_NAME, SCALES, decimal
+from effbench.measure.derived import Row
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class View:
+    """One column of the table. Where there is too little width, those of the highest `rank` go first.
+
+    error: the column written behind ±. interval: its two ends are written in brackets. beside: the column written
+    in parentheses. signed: written with its sign. optional: left out where no row differs from `usual`.
+    """
+
+    name: str
+    rank: int
+    error: str = ""
+    interval: bool = False
+    beside: str = ""
+    signed: bool = False
+    usual: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+        column = BY_NAME[self.name]
+        return column.title or column.name.replace("_", " ")
+
+
+VIEWS = (
+    View("perplexity", 2),
+    View("nll_difference", 0, error="nll_difference_stderr", signed=True),
+    View("accuracy", 3, error="accuracy_stderr"),
+    View("kl_to_dense", 7),
+    View("top1_agreement", 12),
+    View("bits_per_byte", 14),
+    View("decode_speedup", 1, interval=True),
+    View("decode_seconds_per_token", 10),
+    View("prefill_speedup", 13, interval=True),
+    View("tokens_per_pass", 9, usual=1.0),
+    View("stored_bytes", 1),
+    View("bits_per_weight", 4, beside="promised_bits_per_weight"),
+    View("cache_bytes_per_token", 5),
+    View("peak_growth_bytes", 6),
+    View("peak_bytes", 15),
+    View("peak_device_bytes", 6),
+    View("joules_per_token", 6),
+    View("cost_seconds", 8),
+    View("cost_tokens", 11),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell as text; `value` is what it is sorted by. `within_noise`: not told apart from dense."""
+
+    text: str
+    value: float | None = None
+    within_noise: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: cells, or the reason why there are none."""
+
+    row: Row
+    label: str
+    cells: tuple[Cell, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The views that have something to show, their units, the lines; `empty` are views in which no row has a value."""
+
+    views: tuple[View, ...]
+    units: tuple[str, ...]
+    lines: tuple[Line, ...]
+    empty: tuple[View, ...] = field(default=())
+
+
+def build(rows: Sequence[Row], views: Sequence[View] = VIEWS) -> Table:
+    """The table of these rows, in their order. Rows that are not `ok` show their reason instead of figures."""
+    fine = [row for row in rows if row.record.status == "ok"]
+    empty = tuple(view for view in views if all(row.values.get(view.name) is None for row in fine))
+    shown = [
+        view
+        for view in views
+        if view not in empty and (view.usual is None or any(row.values.get(view.name) != view.usual for row in fine))
+    ]
+    formats = [_Format(view, fine) for view in shown]
+    several = len({row.record.seed for row in rows}) > 1
+    lines = []
+    for row in rows:
+        label = f"{row.record.pipeline} (seed {row.record.seed})" if several else row.record.pipeline
+        if row in fine:
+            lines.append(Line(row, label, tuple(layout.cell(row) for layout in formats)))
+        else:
+            lines.append(Line(row, label, reason=_reason(row)))
+    return Table(tuple(shown), tuple(layout.unit for layout in formats), tuple(lines), empty)
+
+
+def _reason(row: Row) -> str:
+    status = row.record.status.replace("_", " ")
+    if status == "running":
+        return "not finished; the command that began it continues it"
+    reason = row.record.reason or status
+    return reason if status in reason else f"{status}: {reason}"
+
+
+class _Format:
+    """How the values of one view are written: one unit and one number of decimals for all of them."""
+
+    def __init__(self, view: View, rows: Sequence[Row]) -> None:
+        self.view, column = view, BY_NAME[view.name]
+        values = [abs(value) for row in rows if (value := row.values.get(view.name))]
+        self.factor, self.unit = column.scale(max(values, default=0.0))
+        self.digits = column.digits
+        if column.unit in SCALES:
+            least, most = (pick(values, default=1.0) / self.factor for pick in (min, max))
+            self.digits = min(3, max(0, 1 - math.floor(math.log10(least)), 2 - math.floor(math.log10(most))))
+        if self.unit in view.title:
+            self.unit = ""
+
+    def cell(self, row: Row) -> Cell:
+        """The cell of one row: the value with what belongs to it."""
+        view, value = self.view, row.values.get(self.view.name)
+        if value is None:
+            return Cell(DASH)
+        text = self._number(value)
+        if view.signed and value > 0:
+            text = f"+{text}"
+        error = row.values.get(view.error)
+        if error:
+            text += f" ±{self._number(error)}"
+        low, high = row.values.get(f"{view.name}_low"), row.values.get(f"{view.name}_high")
+        if view.interval and low is not None and high is not None:
+            text += f" [{self._number(low)}–{self._number(high)}]"
+        beside = row.values.get(view.beside)
+        if beside is not None:
+            text += f" ({beside:.3g})"
+        return Cell(text, value, view.name in row.within_noise)
+
+    def _number(self, value: float) -> str:
+        value, least = value / self.factor, 10**-self.digits
+        if 0 < abs(value) < least / 2:
+            return f"{'-' if value < 0 else ''}<{least:.{self.digits}f}"
+        return decimal(value, self.digits) if value else "0"
