@@ -162,6 +162,14 @@ def test_the_int8_kernel_is_kept_from_memory_that_it_cannot_read(offset: int, ro
     assert (packed(x) - expected).float().norm() / expected.float().norm() < 1e-2
 
 
+@pytest.mark.parametrize("tile", TILES)
+def test_tiles_stand_for_the_same_weights_up_to_the_rounding_of_their_grids(tile: int) -> None:
+    plain, tiled = random_packed(192, 256, 4, 64), random_packed(192, 256, 4, 64, tile=tile)
+    step = plain.scales.float().repeat_interleave(64, 1)
+    # scale and zero point are each off by up to 2^-9 of themselves, and both are at most 8 steps from the middle
+    assert ((plain.dequantized() - tiled.dequantized()).abs() <= step * 16 * 2**-8).all()
+
+
 def test_tiles_of_another_machine_are_unpacked_and_not_misread() -> None:
     foreign = next(tile for tile in TILES if tile != machine_tile())
     packed = random_packed(192, 256, 4, 64, tile=foreign)
