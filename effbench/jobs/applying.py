@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import zlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from effbench import registry, results, store
+from effbench import models, registry, results, store
 from effbench.data import Data
 from effbench.errors import PackageError, UnfitError
 from effbench.jobs.row import Job, data_for
@@ -98,7 +99,9 @@ def _record_size(
 ) -> None:
     """Stored bytes, and bits per weight of the dense model's matrices that were changed or removed."""
     record.put("stored_bytes", memory.stored_bytes(system))
-    record.put("bits_per_weight_model", 8 * memory.stored_bytes(system) / parameters)
+    saved = (Path(record.model).expanduser() / models.SAVED).is_file()  # packed weights are no parameters to count
+    bits = None if saved else 8 * memory.stored_bytes(system) / parameters
+    record.put("bits_per_weight_model", bits, "it came compressed, and its dense weights are not counted any more")
     present = dict(system.model.named_modules())
     plain = dict(matrices(system.model))
     changed_weights = changed_bytes = 0
@@ -107,7 +110,8 @@ def _record_size(
             continue
         changed_weights += count
         changed_bytes += memory.module_bytes(present[name]) if name in present else 0
-    record.put("compressed_share", changed_weights / sum(count for _, count in weights.values()))
+    whole = sum(count for _, count in weights.values())
+    record.put("compressed_share", changed_weights / whole if whole else None, "it came without plain weight matrices")
     bits = 8 * changed_bytes / changed_weights if changed_weights else None
     record.put("bits_per_weight", bits, "no weight matrix was changed")
 
