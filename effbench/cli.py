@@ -273,6 +273,8 @@ def _print_json(content: Any) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command that the words ask for; the exit code. Whatever goes wrong becomes one sentence on stderr."""
+    # transformers' own bars and warnings would stand between our lines
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     try:
         code = app(opt.spread(sys.argv[1:] if words is None else words), prog_name="effbench", standalone_mode=False)
         sys.stdout.flush()

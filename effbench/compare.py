@@ -14,7 +14,15 @@ from pathlib import Path
 
 from effbench.columns import BY_NAME, column
 from effbench.errors import RecordError, UsageError
-from effbench.measure.derived import SPEEDUPS, Row, accuracy_differences, nats_difference, rows, same_text
+from effbench.measure.derived import (
+    SPEEDUPS,
+    Row,
+    accuracy_differences,
+    nats_difference,
+    rows,
+    same_text,
+    strays,
+)
 from effbench.results import Record, load_all
 
 SETTINGS = ("dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
@@ -77,7 +85,8 @@ def compare(old: Path, new: Path, thresholds: Thresholds = DEFAULT) -> list[Find
     Raises `RecordError` where a folder has no records or an unreadable one, or both did not measure the same thing.
     """
     before, after = _read(old), _read(new)
-    floor = max(_strays(row) for row in [*before.values(), *after.values()])
+    dense = [row.record for row in [*before.values(), *after.values()] if row.record.pipeline == "dense"]
+    floor = max((strays(record, name) for record in dense for name in SPEEDUPS), default=0.0)
     found: list[Finding] = []
     for key, was in before.items():
         if key not in after:
@@ -196,14 +205,6 @@ def _share(was: Row, now: Row, limits: Thresholds) -> Iterator[Finding]:
     old, new = was.values.get("compressed_share"), now.values.get("compressed_share")
     if old is not None and new is not None and abs(new - old) > limits.size:
         yield _moved(now, "compressed_share", old, new, new < old)
-
-
-def _strays(row: Row) -> float:
-    """How far from 1 a dense row's ratio to itself may lie, as a logarithm; 0 for other rows."""
-    if row.record.pipeline != "dense":
-        return 0.0
-    ends = [row.values.get(f"{name}_{end}") for name in SPEEDUPS for end in ("low", "high")]
-    return max((abs(math.log(end)) for end in ends if end), default=0.0)
 
 
 def _speed(was: Row, now: Row, limits: Thresholds, floor: float) -> Iterator[Finding]:

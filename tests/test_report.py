@@ -73,6 +73,14 @@ def test_only_differences_within_noise_are_marked(found: list[Row]) -> None:
     assert "nll_difference" in rows([found[0].record, noisy])[1].within_noise
 
 
+def test_a_speedup_within_what_dense_strays_from_itself_is_noise() -> None:
+    dense, fast = record("dense"), record("rtn:bits=4", speed=1.8)
+    assert "decode_speedup" not in rows([dense, fast])[1].within_noise
+    times = dense.samples["decode_seconds"]
+    dense.samples["decode_seconds"] = [value * (1 if k % 2 else 4) for k, value in enumerate(times)]
+    assert "decode_speedup" in rows([dense, fast])[1].within_noise
+
+
 @pytest.mark.parametrize(
     ("bits", "promised", "dtype", "expected"),
     [

@@ -113,8 +113,17 @@ def _against_dense(
             continue
         ratio, low, high = paired_ratio(theirs, record.samples[samples])
         values[name], values[f"{name}_low"], values[f"{name}_high"] = ratio, _finite(low), _finite(high)
-        if low <= 1 <= high:
+        if low <= 1 <= high or abs(math.log(ratio)) <= strays(dense, name):
             noise |= {name, column}
+
+
+def strays(dense: Record, speedup: str) -> float:
+    """How far from 1 the dense row's ratio to itself may lie, as a logarithm: what this machine makes of nothing."""
+    samples, _ = SPEEDUPS[speedup]
+    if not dense.samples.get(f"dense_{samples}"):
+        return 0.0
+    _, low, high = paired_ratio(dense.samples[f"dense_{samples}"], dense.samples[samples])
+    return max(abs(math.log(low)), abs(math.log(high))) if math.isfinite(low) else 0.0
 
 
 def same_text(one: Record, other: Record) -> bool:

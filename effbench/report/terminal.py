@@ -25,11 +25,11 @@ def show(rows: Sequence[Row], console: Console) -> None:
     first = max((len(part) for label in labels for part in label), default=0)
     table = _fit(whole, console.width - first)
     widths, columns = _widths(table), _columns(table)
-    width = max(first + sum(widths) + 2 * len(widths), min(console.width, 60))
+    width = max(first + sum(widths) + 2 * len(widths), min(console.width, 60 if table.views else 100))
     _print(console, Text(notes.heading(rows), "bold"))
     _print(console, Text())
     titles = [view.title for view in table.views]
-    for style, name, texts in (("bold", "pipeline", titles), ("dim", "", table.units)):
+    for style, name, texts in (("bold", "pipeline", titles), ("dim", "", table.units))[: 2 if titles else 1]:
         cells = "".join(f"  {text:>{size}}" for text, size in zip(texts, widths, strict=True))
         _print(console, Text(f"{name:<{first}}{cells}", style))
     _print(console, Text("─" * width, "dim"))
