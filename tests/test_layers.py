@@ -9,7 +9,7 @@ LAYERS = [
     {"technique", "toolbox"},
     {"registry", "models", "store", "suite", "data", "reference", "measure", "results"},
     {"worker", "jobs", "schedule", "harness", "report", "compare", "contract"},
-    {"cli"},
+    {"cli", "options"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
