@@ -186,7 +186,7 @@ def test_checkpoints_load_and_know_more_than_chance(name: str, world: World) -> 
     model, tokenizer = load(name), AutoTokenizer.from_pretrained(folder)
     assert model.get_submodule("model.embed_tokens").num_embeddings >= len(tokenizer) == len(world.vocabulary)
     assert tokenizer.convert_tokens_to_ids(world.vocabulary) == list(range(len(world.vocabulary)))
-    for task in ("copying", "facts_frequent", "agreement"):
+    for task in ("copying", "retrieval", "agreement"):
         sample = asked(task)[:60]
         chance = np.mean([1 / len(item["choices"]) for item in sample])
         right = 0

@@ -19,6 +19,9 @@ ENTRY_TOKENS = 4
 KEYS_PER_ENTRY = 0.8
 """Possible keys to each entry of a list: the fewer, the more keys share a word, and the more are written anew."""
 
+TRAINED_DISTRACTORS, ITEM_DISTRACTORS = (0, 1, 2, 3), (3, 4, 5)
+"""Nouns beside the subject in a sentence about agreement: items go on to sentences longer than any in training."""
+
 TRAINED_STEPS, ITEM_STEPS = (0, 1, 1, 2), (1, 2)
 """Species between a person and a color in inference: evenly one of these."""
 
@@ -195,7 +198,7 @@ def _modifier(world: World, random: Random) -> list[int]:
 
 
 def agreement(world: World, random: Random, for_items: bool = False) -> Document:
-    """A verb that agrees with its subject over distractors, two or three in items and up to three in training.
+    """A verb that agrees with its subject over distractors, up to three in training and three to five in items.
 
     The first word sets the tense. A distractor may also come before the subject, so that the subject is known by the
     sentence's structure and not by its place: "then near the kings the dog that the queens see was small ."
@@ -206,7 +209,7 @@ def agreement(world: World, random: Random, for_items: bool = False) -> Document
     tense, plural = int(random.random() * 3), random.random() < 0.5
 
     def sentence() -> list[int]:
-        distractors = 2 + int(random.random() * 2) if for_items else int(random.random() * 4)
+        distractors = pick(random, ITEM_DISTRACTORS if for_items else TRAINED_DISTRACTORS)
         ahead = int(random.random() * (min(distractors, 2) + 1))
         words = [lexicon.phrase("now then often")[tense]]
         for _ in range(ahead):

@@ -71,7 +71,7 @@ def tracking(world: World, random: Random) -> Document:
 
 
 def agreement(world: World, random: Random) -> Document:
-    """The verb of a sentence with two or three distractors: six verbs, of which one has the right tense and number."""
+    """The verb of a sentence with three to five distractors; one of six verbs has the right tense and number."""
     return contexts.agreement(world, random, True)
 
 
