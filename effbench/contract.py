@@ -188,14 +188,14 @@ def _generates(bench: _Bench) -> Outcome:
     yield "", ""
 
 
-@torch.inference_mode()
 def _cache_is_charged(bench: _Bench) -> Outcome:
     """The cache's tensors show all the storage that they keep alive."""
     system = bench.applied()
     cache = system.new_cache()
     ids = bench.tokens(system, 320)
-    for start in range(0, 320, 64):
-        forward(system.model, ids[:, start : start + 64], cache, start)
+    with torch.inference_mode():
+        for start in range(0, 320, 64):
+            forward(system.model, ids[:, start : start + 64], cache, start)
     held, shown = memory.cache_bytes(cache), memory.cache_shown_bytes(cache)
     problem = f"the cache shows {shown:,} bytes of keys and values and keeps {held:,} alive; copy what is kept"
     yield (problem if held > 1.05 * shown + 4096 else ""), ""

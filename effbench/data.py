@@ -172,10 +172,28 @@ class Data:
         """Token ids (samples, length) from the calibration split; the model's context unless a length is given."""
         return self._take(samples, length, self.seed)
 
-    def batches(self, steps: int, batch_size: int, length: int | None = None) -> Iterator[Tensor]:
-        """`steps` batches of token ids (batch_size, length) from the training split, drawn anew each time."""
-        for step in range(steps):
-            yield self._take(batch_size, length, 1_000_003 * (self.seed + 1) + step)
+    def batches(
+        self, steps: int, batch_size: int, length: int | None = None, *, tokens: int = 0, seed: int | None = None
+    ) -> Iterator[Tensor]:
+        """`steps` batches of token ids (batch_size, length) from the training split, drawn anew each time.
+
+        With `tokens`, only so many are drawn, in whole rows, and read over and over, each time in another order;
+        they are counted once. `seed` is the run's unless given.
+        """
+        first = 1_000_003 * ((self.seed if seed is None else seed) + 1)
+        if not tokens:
+            for step in range(steps):
+                yield self._take(batch_size, length, first + step)
+            return
+        import torch
+
+        rows = self._take(max(1, tokens // min(length or self.context, self.context)), length, first)
+        generator, order = torch.Generator().manual_seed(first), torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
+            yield rows[order[:batch_size]]
+            order = order[batch_size:]
 
     def model(self, name: str) -> System:
         """Another model by name, dense, in the run's dtype and on its device."""

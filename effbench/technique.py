@@ -31,8 +31,11 @@ class Data(Protocol):
     def calibration(self, samples: int = 128, length: int | None = None) -> Tensor:
         """Token ids (samples, length) from the calibration split."""
 
-    def batches(self, steps: int, batch_size: int, length: int | None = None) -> Iterator[Tensor]:
-        """`steps` batches of token ids (batch_size, length) from the training split."""
+    def batches(
+        self, steps: int, batch_size: int, length: int | None = None, *, tokens: int = 0, seed: int | None = None
+    ) -> Iterator[Tensor]:
+        """`steps` batches of token ids (batch_size, length) from the training split; with `tokens`, only so many
+        are drawn and read over and over."""
 
     def model(self, name: str) -> System:
         """Another model by name: a draft, a student, a teacher."""

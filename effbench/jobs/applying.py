@@ -119,8 +119,8 @@ def _record_size(
 def promised_bits(techniques: list[Technique], dense_bits: float) -> float | None:
     """Bits per weight that the options promise, by their standard names; `None` if they promise none.
 
-    `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity, `bits` replaces what a
-    weight takes. Cache techniques speak of other bits.
+    `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity, `bits` or
+    `packing` replaces what a weight takes. Cache techniques speak of other bits.
     """
     share, bits, promised = 1.0, dense_bits, False
     for technique in techniques:
@@ -135,6 +135,7 @@ def promised_bits(techniques: list[Technique], dense_bits: float) -> float | Non
             share, promised = share * (1 - zeros / run), True
         elif "sparsity" in options:
             share, promised = share * (1 - options["sparsity"]), True
-        if "bits" in options:
-            bits, promised = float(options["bits"]), True
+        stored = options.get("bits", options.get("packing"))
+        if stored is not None:
+            bits, promised = float(stored), True
     return share * bits if promised else None
