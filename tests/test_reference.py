@@ -1,5 +1,6 @@
 """The reference family: the world is deterministic, its items are really held out, its checkpoints can do something."""
 
+import hashlib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_same_seed_same_world_and_text(world: World) -> None:
     assert np.array_equal(one.ids, two.ids) and np.array_equal(one.kinds, two.kinds)
     assert not np.array_equal(one.ids, world.stream(4, 256, TRAIN_SEED).ids)
     assert items("tracking", 20) == items("tracking", 20)
+
+
+def test_the_world_is_the_one_that_the_checkpoints_read(world: World) -> None:
+    """A change of the world makes the checkpoints forget it: who changes it trains them anew and this value too."""
+    stream = world.stream(8, 512, HELDOUT_SEED)
+    content = " ".join(world.vocabulary).encode() + stream.ids.tobytes() + stream.kinds.tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == "4088deb2cab50cb2"
 
 
 def test_vocabulary_is_small_and_all_of_it_is_used(world: World, training: Stream) -> None:

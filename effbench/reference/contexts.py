@@ -205,7 +205,6 @@ def agreement(world: World, random: Random, for_items: bool = False) -> Document
     """
     lexicon = world.lexicon
     verbs = lexicon.phrase("is are was were has have")
-
     tense, plural = int(random.random() * 3), random.random() < 0.5
 
     def sentence() -> list[int]:

@@ -65,7 +65,8 @@ DECAY_SHARE = 0.4
 """Share of the steps over which the rates fall to zero."""
 
 SHORT_CONTEXT, SHORT_SHARE = 256, 0.8
-"""The first share of the tokens is read in short rows, which are faster."""
+"""The first share of the tokens is read in short rows, which are faster; until the long ones come, the progress that
+is printed, measured over the full context, is worse than the model."""
 
 COPY_GATE, LONGEST_WARM_UP, FADE_FROM, FADE_SHARE = 0.95, 0.4, 0.5, 0.15
 """All rows are repeats until the gate's share of them is predicted, or for the longest share of the steps; then from
