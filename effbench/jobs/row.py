@@ -75,9 +75,10 @@ def _knows_world(system: System) -> bool:
 def data_for(suite: Suite, system: System) -> Data:
     """The door to text and other models that techniques are given."""
     trust = models.Trust(suite.allow_pickle, suite.trust_remote_code)
+    device = system.device  # and not the system: what a technique leaves behind has to be able to go
 
     def lend(name: str) -> System:
-        return models.load(name, suite.dtype, system.device, trust)
+        return models.load(name, suite.dtype, device, trust)
 
     return Data(source_for(suite, system), system.context, lend, suite.seed)
 
