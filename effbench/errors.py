@@ -1,15 +1,15 @@
 """What effbench raises. Each message says what was wrong, what was got and what to do.
 
-    EffbenchError
-    ├── UsageError              a wrong word, number or path in a question; the command line exits with 2
-    │   ├── TechniqueError      no such technique, no such option, a value out of range, a malformed pipeline
-    │   ├── ModelError          no such model, no weights, corrupt or pickled weights
-    │   ├── TextError           no such text, an empty one, words outside a closed vocabulary
-    │   ├── TaskError           no such task
-    │   └── RecordError         a folder that cannot be written, a record that cannot be read
-    ├── PackageError            an optional package is missing; the message says which to install
-    ├── UnfitError              a technique cannot be applied to this system; the reason becomes the row
-    └── WorkerError             a worker process could not be started
+EffbenchError
+├── UsageError              a wrong word, number or path in a question; the command line exits with 2
+│   ├── TechniqueError      no such technique, no such option, a value out of range, a malformed pipeline
+│   ├── ModelError          no such model, no weights, corrupt or pickled weights
+│   ├── TextError           no such text, an empty one, words outside a closed vocabulary
+│   ├── TaskError           no such task
+│   └── RecordError         a folder that cannot be written, a record that cannot be read
+├── PackageError            an optional package is missing; the message says which to install
+├── UnfitError              a technique cannot be applied to this system; the reason becomes the row
+└── WorkerError             a worker process could not be started
 """
 
 

@@ -148,9 +148,7 @@ def _options(name: str, module: nn.Module) -> dict[str, Any]:
     if type(module) is nn.Linear:
         bias = module.bias is not None
         return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
-    raise ModelError(
-        f"{name} is a {type(module).__name__}, which cannot be written down; derive it from StoredModule"
-    )
+    raise ModelError(f"{name} is a {type(module).__name__}, which cannot be written down; derive it from StoredModule")
 
 
 def _load_model(folder: Path, device: Any) -> nn.Module:

@@ -185,9 +185,7 @@ def test_the_first_token_follows_the_models_distribution_in_forty_thousand_draws
     draws, ahead, generator = 40_000, 4, torch.Generator().manual_seed(7)
     p, q = distributions(0, ahead + 1), distributions(1, ahead)
     proposed = torch.multinomial(q, draws, replacement=True, generator=generator).T
-    accepted, token = verify(
-        p.expand(draws, -1, -1), q.expand(draws, -1, -1), proposed, generator
-    )
+    accepted, token = verify(p.expand(draws, -1, -1), q.expand(draws, -1, -1), proposed, generator)
     first = torch.where(accepted > 0, proposed[:, 0], token)
     assert total_variation(first, p[0]) < 0.01  # 0.007 is what 40,000 exact draws are off by
     share, overlap = float((accepted > 0).float().mean()), float(torch.minimum(p[0], q[0]).sum())

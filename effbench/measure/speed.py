@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,21 @@ from torch import Tensor
 from effbench.technique import Generation, System
 
 
-def _clock(device: torch.device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _mark(device: torch.device) -> Any:
+    """A moment: an event in the device's own queue on a GPU, the monotonic clock on a CPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(start: Any, end: Any) -> float:
+    """The time between two marks, once all before the second is done."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 def one_round(system: System, prompt: Tensor, new_tokens: int) -> tuple[float, float, Generation]:
@@ -24,10 +35,10 @@ def one_round(system: System, prompt: Tensor, new_tokens: int) -> tuple[float, f
     both by their own call, so whatever a decoding policy does before its first token counts as prefill.
     """
     device = system.device
-    start = _clock(device)
+    start = _mark(device)
     system.generate(system, prompt, 1)
-    first = _clock(device)
+    first = _mark(device)
     generation = system.generate(system, prompt, new_tokens)
-    end = _clock(device)
-    prefill = first - start
-    return prefill, max(end - first - prefill, 1e-9) / (new_tokens - 1), generation
+    end = _mark(device)
+    prefill, everything = _seconds(start, first), _seconds(first, end)
+    return prefill, max(everything - prefill, 1e-9) / (new_tokens - 1), generation

@@ -6,7 +6,6 @@ python -m effbench.report.docs --check    says what is out of date, and exits wi
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -39,8 +38,9 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, content in blocks(root).items():
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}{found[2]}", text)
+        head, begin, rest = text.partition(f"<!-- begin {name} -->\n")
+        _, end, tail = rest.partition(f"<!-- end {name} -->")
+        text = head + begin + content + end + tail
     texts[readme] = text
     return texts
 
