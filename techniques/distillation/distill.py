@@ -31,7 +31,7 @@ class Distill(Technique):
     temperature: by which both models' logits are divided in the divergence.
     steps: of training, with AdamW.
     batch_size, length: sequences in a step, and tokens in each.
-    lr: the highest learning rate.
+    lr: the highest learning rate; a named student that is trained to its end wants a tenth of the default.
     tokens: of text, read over and over; 0 for fresh text in every step.
     seed: of the order in which text is read.
     """
