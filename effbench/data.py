@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from effbench.technique import System
 
+WINDOW = 2048
+"""The longest window, in tokens, that is scored or trained on, as in the papers' tables; shorter contexts are kept."""
 CALIBRATION_SHARE = 0.25
 """How much of a user's only text is kept for calibration and training; the rest is evaluated."""
 
@@ -140,7 +142,7 @@ def read_documents(path: Path) -> list[str]:
     if not path.is_file():
         raise TextError(f"no text file {path}; give the path of a .txt or .jsonl file")
     if path.suffix not in (".txt", ".jsonl"):
-        raise TextError(f"text must be a .txt file, or a .jsonl file with a \"text\" in each line; got {path.name}")
+        raise TextError(f'text must be a .txt file, or a .jsonl file with a "text" in each line; got {path.name}')
     try:
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines() if path.suffix == ".jsonl" else []

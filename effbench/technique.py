@@ -1,7 +1,7 @@
 """What a system is, and what a technique is: one function from a system to a system.
 
-    Technique           writes `apply`
-    └── LayerTechnique  writes `layer`, for one weight matrix; the walk over the model is done here
+Technique           writes `apply`
+└── LayerTechnique  writes `layer`, for one weight matrix; the walk over the model is done here
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from conftest import random_system
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effbench.data import FileSource, Windows
+from effbench.measure import quality
 from effbench.measure.quality import DenseLogProbabilities, score
 from effbench.technique import System
 
@@ -67,7 +68,7 @@ def test_dense_does_not_diverge_from_itself_and_another_model_does(tmp_path: Pat
     score(dense, text, writing)
     writing.finish()
     same = score(dense, text, DenseLogProbabilities(path, text, 1024, write=False))
-    assert sum(same.kl.values()) == 0 and sum(same.agreed.values()) == same.compared_tokens == 63 + 63 + 29
+    assert sum(same.kl) == 0 and sum(same.agreed) == same.compared_tokens == 63 + 63 + 29
     different = score(other, text, DenseLogProbabilities(path, text, 1024, write=False))
     expected = 0.0
     with torch.no_grad():
@@ -75,8 +76,19 @@ def test_dense_does_not_diverge_from_itself_and_another_model_does(tmp_path: Pat
             row = torch.from_numpy(ids)[None]
             p, q = (s.model(input_ids=row).logits[0, :-1].float().log_softmax(-1) for s in (dense, other))
             expected += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-    assert sum(different.kl.values()) == pytest.approx(expected, rel=1e-3)
-    assert min(different.kl.values()) > 0
+    assert sum(different.kl) == pytest.approx(expected, rel=1e-3)
+    assert min(different.kl) > 0
+
+
+def test_divergence_is_over_the_tokens_that_fit_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, path = windows(64, 64, 30), tmp_path / "dense.npy"
+    monkeypatch.setattr(quality, "REFERENCE_BYTES", 100 * 4 * 1024)
+    monkeypatch.setattr(quality, "SLICE", 10)
+    writing = DenseLogProbabilities(path, text, 1024, write=True)
+    score(random_system("llama"), text, writing)
+    writing.finish()
+    found = score(random_system("llama", seed=1), text, DenseLogProbabilities(path, text, 1024, write=False))
+    assert found.compared_tokens == 100 and found.kl[0] > 0 and found.kl[1] > 0 and found.kl[2] == 0
 
 
 def test_bits_per_byte_is_nats_in_bits_over_the_bytes_scored() -> None:

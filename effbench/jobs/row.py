@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effbench import models, results, store
-from effbench.data import Data, FileSource, Source, Windows, WorldSource
+from effbench.data import WINDOW, Data, FileSource, Source, Windows, WorldSource
 from effbench.measure.host import machine
 from effbench.results import Record
 from effbench.suite import Suite
@@ -45,7 +45,7 @@ class Job:
     def windows(self, system: System) -> Windows | None:
         """The text that is evaluated; `None` if there is none."""
         source = source_for(self.suite, system)
-        return source.evaluation(system.context, self.suite.limit) if source else None
+        return source.evaluation(min(system.context, WINDOW), self.suite.limit) if source else None
 
     def measure(self, name: str, work: Callable[[], None]) -> None:
         """Do a measure unless it is finished, and save the record after it."""
@@ -80,7 +80,7 @@ def data_for(suite: Suite, system: System) -> Data:
     def lend(name: str) -> System:
         return models.load(name, suite.dtype, device, trust)
 
-    return Data(source_for(suite, system), system.context, lend, suite.seed)
+    return Data(source_for(suite, system), min(system.context, WINDOW), lend, suite.seed)
 
 
 def prompts(suite: Suite, system: System, windows: Windows | None, length: int) -> list[Tensor]:

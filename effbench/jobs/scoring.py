@@ -47,9 +47,9 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
     record.put("perplexity", found.perplexity)
     record.put("bits_per_byte", found.bits_per_byte(windows.bytes_scored))
     tokens = found.compared_tokens
-    why = "the dense model's log-probabilities take too much disk" if reference else "the dense model was not scored"
-    record.put("kl_to_dense", sum(found.kl.values()) / tokens if tokens else None, why)
-    record.put("top1_agreement", sum(found.agreed.values()) / tokens if tokens else None, why)
+    why = "its vocabulary has another width than the dense model's" if reference else "the dense model was not scored"
+    record.put("kl_to_dense", sum(found.kl) / tokens if tokens else None, why)
+    record.put("top1_agreement", sum(found.agreed) / tokens if tokens else None, why)
     record.samples["nll"] = [round(value, 6) for value in found.nats]
     record.samples["tokens"] = list(found.tokens)
     for name in found.kind_nats:

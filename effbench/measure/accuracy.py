@@ -144,9 +144,9 @@ class SystemLM(TemplateLM):
             for start in range(0, len(numbers), count):
                 batch = numbers[start : start + count]
                 ids = torch.tensor([sequences[number] for number in batch])
-                logits = window_logits(self.system, ids, through_cache=self._through_cache)
+                logits = window_logits(self.system, ids, through_cache=self._through_cache, keep=keep)
                 for row, number in enumerate(batch):
-                    answers[number] = logits[row, -keep:].clone()
+                    answers[number] = logits[row].clone()
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

@@ -6,6 +6,7 @@ its cache, in chunks, with explicit positions: a plain pass would never touch it
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ CHUNK = 64
 """Tokens fed at once when scoring through a cache."""
 LOGITS_BYTES = 256 * 2**20
 """The most that a batch's float32 logits may take."""
+SLICE = 512
+"""Tokens whose log-probabilities are computed at once."""
 REFERENCE_BYTES = 512 * 2**20
-"""The most that the dense model's log-probabilities may take on disk; divergence is over the windows that fit."""
+"""The most that the dense model's log-probabilities may take on disk; divergence is over the tokens that fit."""
 
 
 class Quality:
@@ -35,8 +38,16 @@ class Quality:
         self.tokens = [len(window) - 1 for window in windows.ids]
         self.kind_nats = {name: [0.0] * count for name in windows.kind_names}
         self.kind_tokens = {name: [0] * count for name in windows.kind_names}
-        self.kl: dict[int, float] = {}
-        self.agreed: dict[int, int] = {}
+        self.kl = [0.0] * count
+        self.agreed = [0] * count
+        self.compared_tokens = 0
+        """Tokens for which there is a divergence; `kl` and `agreed` are sums over those of each window."""
+
+    def compare(self, place: int, tokens: int, kl: float, agreed: int) -> None:
+        """The summed divergence of some tokens of window `place`, and how many have the same best token."""
+        self.compared_tokens += tokens
+        self.kl[place] += kl
+        self.agreed[place] += agreed
 
     def add(self, place: int, nats: Tensor) -> None:
         """The nats (tokens,) of window `place`."""
@@ -46,11 +57,6 @@ class Quality:
             for number, name in enumerate(self._windows.kind_names):
                 self.kind_nats[name][place] = float(nats[kinds == number].sum())
                 self.kind_tokens[name][place] = int((kinds == number).sum())
-
-    @property
-    def compared_tokens(self) -> int:
-        """Tokens of the windows for which there is a divergence."""
-        return sum(self.tokens[place] for place in self.kl)
 
     @property
     def nll_per_token(self) -> float:
@@ -73,16 +79,23 @@ def scored_through_cache(system: System) -> bool:
 
 
 @torch.inference_mode()
-def window_logits(system: System, ids: Tensor, *, through_cache: bool, chunk: int = CHUNK) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of windows (batch, tokens)."""
+def window_logits(
+    system: System, ids: Tensor, *, through_cache: bool, chunk: int = CHUNK, keep: int | None = None
+) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of windows (batch, tokens); of the last `keep` tokens only, if given."""
     ids = ids.to(system.device)
     if not through_cache:
-        logits: Tensor = system.model(input_ids=ids, use_cache=False).logits
-        return logits
+        # a model that cannot leave logits out gives all of them
+        able = keep is not None and "logits_to_keep" in inspect.signature(system.model.forward).parameters
+        options = {"logits_to_keep": keep} if able else {}
+        logits: Tensor = system.model(input_ids=ids, use_cache=False, **options).logits
+        return logits if keep is None else logits[:, -keep:]
     cache = system.new_cache()
-    pieces = [
-        forward(system.model, ids[:, start : start + chunk], cache, start) for start in range(0, ids.shape[1], chunk)
-    ]
+    pieces: list[Tensor] = []
+    for start in range(0, ids.shape[1], chunk):
+        pieces.append(forward(system.model, ids[:, start : start + chunk], cache, start))
+        if keep is not None:
+            pieces = [torch.cat(pieces, 1)[:, -keep:]]
     return torch.cat(pieces, 1)
 
 
@@ -117,17 +130,20 @@ def score(
     for places, ids in _batches(windows, system.config.vocab_size):
         logits = window_logits(system, ids, through_cache=through_cache, chunk=chunk)
         for row, place in enumerate(places):
-            count = len(windows.ids[place]) - 1
-            log_probabilities = torch.log_softmax(logits[row, :count].float(), -1)
-            targets = ids[row, 1 : count + 1].to(logits.device)
-            quality.add(place, -log_probabilities.gather(-1, targets[:, None])[:, 0].double())
-            if reference is not None:
-                reference.meet(place, log_probabilities, quality)
+            count, nats = len(windows.ids[place]) - 1, []
+            for start in range(0, count, SLICE):
+                here = slice(start, min(start + SLICE, count))
+                log_probabilities = torch.log_softmax(logits[row, here].float(), -1)
+                targets = ids[row, 1:][here].to(logits.device)
+                nats.append(-log_probabilities.gather(-1, targets[:, None])[:, 0].double())
+                if reference is not None:
+                    reference.meet(place, start, log_probabilities, quality)
+            quality.add(place, torch.cat(nats))
     return quality
 
 
 class DenseLogProbabilities:
-    """The dense model's log-probabilities on disk, one file for the first windows that fit `REFERENCE_BYTES`.
+    """The dense model's log-probabilities on disk: of the first tokens of the text, as many as `REFERENCE_BYTES` hold.
 
     The dense model writes them as it is scored; every other system meets them mapped, outside its own memory.
     Stored as float32, so that the dense model's divergence from itself is 0.
@@ -136,29 +152,30 @@ class DenseLogProbabilities:
     def __init__(self, path: Path, windows: Windows, vocabulary: int, *, write: bool) -> None:
         lengths = np.array([len(window) - 1 for window in windows.ids])
         self._starts = np.concatenate([[0], lengths.cumsum()])
-        self.windows = int(np.searchsorted(self._starts[1:], REFERENCE_BYTES // (4 * vocabulary), side="right"))
-        shape = (int(self._starts[self.windows]), vocabulary)
         self._write = write
         self._path, self._beside = path, path.with_name(path.name + ".partial")
         self._array: np.ndarray
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (min(int(self._starts[-1]), max(1, REFERENCE_BYTES // (4 * vocabulary))), vocabulary)
             self._array = np.lib.format.open_memmap(self._beside, mode="w+", dtype=np.float32, shape=shape)
         else:
             self._array = np.load(path, mmap_mode="r")
 
-    def meet(self, place: int, log_probabilities: Tensor, quality: Quality) -> None:
-        """Write (tokens, vocabulary) of window `place`, or add its divergence to `quality`."""
-        if place >= self.windows:
+    def meet(self, place: int, start: int, log_probabilities: Tensor, quality: Quality) -> None:
+        """Write (tokens, vocabulary) from token `start` of window `place` on, or add its divergence to `quality`."""
+        first = int(self._starts[place]) + start
+        count = min(len(log_probabilities), len(self._array) - first)
+        if count <= 0 or log_probabilities.shape[-1] != self._array.shape[-1]:
             return
-        rows = slice(int(self._starts[place]), int(self._starts[place + 1]))
+        log_probabilities = log_probabilities[:count]
         if self._write:
-            self._array[rows] = log_probabilities.cpu().numpy()
-            quality.kl[place], quality.agreed[place] = 0.0, len(log_probabilities)
+            self._array[first : first + count] = log_probabilities.cpu().numpy()
+            quality.compare(place, count, 0.0, count)
             return
-        dense = torch.from_numpy(np.array(self._array[rows])).to(log_probabilities.device)
-        quality.kl[place] = float((dense.exp() * (dense - log_probabilities)).sum().double())
-        quality.agreed[place] = int((dense.argmax(-1) == log_probabilities.argmax(-1)).sum())
+        dense = torch.from_numpy(np.array(self._array[first : first + count])).to(log_probabilities.device)
+        divergence = float((dense.exp() * (dense - log_probabilities)).sum().double())
+        quality.compare(place, count, divergence, int((dense.argmax(-1) == log_probabilities.argmax(-1)).sum()))
 
     def finish(self) -> None:
         """Make what was written visible to others."""

@@ -48,8 +48,7 @@ def _entries(world: World, random: Random, document: Document, count: int, for_i
 
     until(opening, for_items)
     entries = {
-        cell: (words[cell // side], words[side + cell % side], value)
-        for cell, value in zip(cells, values, strict=True)
+        cell: (words[cell // side], words[side + cell % side], value) for cell, value in zip(cells, values, strict=True)
     }
     for cell, value in zip(cells, values, strict=True):
         document.write([words[cell // side], words[side + cell % side], value], NOISE)

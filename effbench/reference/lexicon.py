@@ -22,14 +22,10 @@ _FORM = _split(
 )
 _PREPOSITIONS = _split("near behind beside above under")
 _ADJECTIVES = _split("old young tall small happy quiet brave tired")
-_NOUNS = _split(
-    "dog cat farmer doctor pilot singer king queen nurse baker author lawyer artist driver soldier poet"
-)
+_NOUNS = _split("dog cat farmer doctor pilot singer king queen nurse baker author lawyer artist driver soldier poet")
 _VERBS = _split("see like follow know help meet")
 _ROOMS = _split("kitchen garden attic cellar library garage bedroom hall office barn chapel tower")
-_OBJECTS = _split(
-    "ball lamp book coin cup hat rope bell drum flag mask ring sword clock letter basket"
-)
+_OBJECTS = _split("ball lamp book coin cup hat rope bell drum flag mask ring sword clock letter basket")
 _COLORS = _split("red blue green black white gold gray pink brown purple")
 _FIELDS = _split(
     "physics biology law music history chemistry finance medicine geology botany logic poetry painting farming "

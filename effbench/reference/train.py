@@ -202,6 +202,7 @@ class Trainer:
                 progress = f"{self.steps}/{total} steps, copied {copied:.3f}, loss {loss:.3f}, {speed:.0f} tokens/s"
                 print(progress, short(evaluate(self.model, self.world, 32, 100)), file=sys.stderr, flush=True)
 
+
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, world: World, rows: int, count: int) -> dict[str, Any]:
     """Held-out nats per token, in all and by kind, and the share of items answered right, by task."""
