@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from effbench import models, registry, results, store
 from effbench.data import Data
-from effbench.errors import PackageError, UnfitError
+from effbench.errors import PackageError, RecordError, UnfitError
 from effbench.jobs.row import Job, data_for
 from effbench.measure import memory
 from effbench.measure.energy import meter
@@ -50,7 +50,14 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     job = Job(out, suite, pipeline, system)
     record = job.record
     dense = job.dense()
-    weights = {name: (_checksum(linear), linear.weight.numel()) for name, linear in matrices(dense.model)}
+    record.provenance["model_hash"] = digest = _digest(dense)
+    first = job.dense_record()
+    if first and first.provenance.get("model_hash") not in (digest, None):
+        raise RecordError(
+            f"the weights of {record.model} are not those that this folder's dense row was measured with; "
+            "give another folder with --out"
+        )
+    weights = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in matrices(dense.model)}
     parameters = sum(p.numel() for p in dense.model.parameters())
     dense_bits = 8.0 * next(dense.model.parameters()).dtype.itemsize
     own = memory.storages(memory.stored_tensors(dense))
@@ -90,8 +97,14 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     results.save(record, job.out)
 
 
-def _checksum(linear: nn.Linear) -> int:
-    return zlib.crc32(linear.weight.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+
+
+def _digest(system: System) -> str:
+    """A fingerprint of all parameters."""
+    content = [(name, _checksum(tensor)) for name, tensor in system.model.named_parameters()]
+    return f"{zlib.crc32(repr(content).encode()):08x}"
 
 
 def _record_size(
@@ -106,7 +119,7 @@ def _record_size(
     plain = dict(matrices(system.model))
     changed_weights = changed_bytes = 0
     for name, (checksum, count) in weights.items():
-        if name in plain and _checksum(plain[name]) == checksum and plain[name].weight.numel() == count:
+        if name in plain and _checksum(plain[name].weight) == checksum and plain[name].weight.numel() == count:
             continue
         changed_weights += count
         changed_bytes += memory.module_bytes(present[name]) if name in present else 0

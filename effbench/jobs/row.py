@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class Job:
         self.record = results.load(path) if path.is_file() else fresh
         if not self.record.provenance:
             self.record.provenance = {**results.provenance(), "machine": machine()}
+
+    def dense_record(self) -> Record | None:
+        """The dense row as far as it has come."""
+        path = results.path_of(replace(self.record, pipeline="dense"), self.out)
+        return results.load(path) if path.is_file() else None
 
     def dense(self) -> System:
         """The model as it is, in the run's dtype."""
