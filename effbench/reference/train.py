@@ -48,14 +48,14 @@ class Size:
 
 
 SIZES = {
-    "70k": Size(64, 2, 128, 10_000_000),
-    "150k": Size(64, 4, 128, 10_000_000),
-    "300k": Size(128, 2, 256, 12_000_000),
-    "1m": Size(192, 3, 384, 20_000_000),
-    "2m": Size(256, 3, 640, 20_000_000),
-    "3m": Size(256, 4, 768, 20_000_000),
+    "70k": Size(64, 2, 128, 12_000_000),
+    "150k": Size(64, 4, 128, 12_000_000),
+    "300k": Size(128, 2, 256, 7_000_000),
+    "1m": Size(192, 3, 384, 12_000_000),
+    "2m": Size(256, 3, 640, 9_000_000),
+    "3m": Size(256, 4, 768, 9_000_000),
 }
-"""By the number of parameters in the blocks. 150k and 2m are trained for scaling fits only."""
+"""By the number of parameters in the blocks, with the tokens of the shipped checkpoints; 150k and 2m do not ship."""
 
 HEAD_DIM = 32
 BATCH_TOKENS = 2048
