@@ -41,7 +41,8 @@ def run(
         if options.get(name) is not None:
             options[name] = str(options[name])
     if options.get("tasks") is not None:
-        options["tasks"] = tuple(options["tasks"])
+        asked = options["tasks"]
+        options["tasks"] = tuple(asked.split(",") if isinstance(asked, str) else asked)
     question = ask(model, pipelines, suite, **options)
     return read(harness.run(question, Path(out) if out is not None else None))
 

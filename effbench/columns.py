@@ -94,9 +94,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("bits_per_weight_model", "bits", "lower", True, 2, "all stored bits per parameter of the dense model"),
     Column("compressed_share", "", "", True, 3, "share of the matrix parameters that were changed", title="share"),
     Column("cache_bytes_per_token", "bytes", "lower", True, 0, "bytes of the filled cache per token", title="KV/token"),
-    Column("joules_per_token", "J", "lower", False, 4, "energy of a new token, by a counter", title="J/token"),
+    Column(
+        "joules_per_token", "J", "lower", False, 4, "energy of a new token and its share of a prompt", title="J/token"
+    ),
     Column("cost_seconds", "s", "lower", False, 1, "time of applying the pipeline", title="apply"),
     Column("cost_peak_bytes", "bytes", "lower", False, 1, "peak resident memory while applying"),
+    Column("cost_peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator while applying"),
     Column("cost_tokens", "tokens", "lower", True, 0, "tokens of text that applying has read"),
     Column("cost_joules", "J", "lower", False, 1, "energy of applying, by a hardware counter"),
 )

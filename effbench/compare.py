@@ -127,7 +127,8 @@ def _same_question(was: Record, now: Record, old: Path, new: Path) -> None:
         raise RecordError(f"{old} and {new} scored different text for {was.pipeline!r}; compare runs of one text")
     for name in was.samples:
         there = now.samples.get(name, was.samples[name])
-        if name.startswith("correct/") and len(there) != len(was.samples[name]):
+        items, others = (record.provenance.get("items_hash", {}).get(name.partition("/")[2]) for record in (was, now))
+        if name.startswith("correct/") and (len(there) != len(was.samples[name]) or (others and items != others)):
             raise RecordError(f"{old} and {new} have other items of {name.partition('/')[2]}; compare runs of the same")
 
 
@@ -179,7 +180,8 @@ def _accuracy(was: Row, now: Row, limits: Thresholds) -> Iterator[Finding]:
 
 def _divergence(was: Row, now: Row, limits: Thresholds) -> Iterator[Finding]:
     """Columns over the same tokens that carry no error of their own."""
-    tokens = sum(now.record.samples.get("tokens", [])) or 1
+    samples = now.record.samples
+    tokens = sum(samples.get("compared_tokens") or samples.get("tokens", [])) or 1
     for name in ("kl_to_dense", "top1_agreement", "tokens_per_pass", "acceptance_rate"):
         old, new = was.values.get(name), now.values.get(name)
         if old is None or new is None:
@@ -233,7 +235,7 @@ def _fastest(row: Row, samples: str) -> float:
 
 
 def _memory(was: Row, now: Row, limits: Thresholds) -> Iterator[Finding]:
-    for name in ("peak_growth_bytes", "peak_device_bytes", "cost_peak_bytes"):
+    for name in ("peak_growth_bytes", "peak_device_bytes", "cost_peak_bytes", "cost_peak_device_bytes"):
         old, new = was.values.get(name), now.values.get(name)
         if old is None or new is None:
             continue

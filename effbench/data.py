@@ -1,7 +1,7 @@
 """The only door to text. What is handed out for calibration and training is counted.
 
-A `Text` is a stream of token ids that is cut in two: the evaluation part, which only the harness reads, and the
-calibration part, which techniques may read through `Data`.
+A source of text is cut in two: the evaluation part, which only the harness reads, and the training part, which
+techniques may read through `Data`, for calibration too.
 """
 
 from __future__ import annotations
@@ -41,6 +41,22 @@ class Windows:
     bytes_scored: int
     kinds: list[np.ndarray] | None = None
     kind_names: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write it as arrays."""
+        lengths = np.array([len(ids) for ids in self.ids])
+        kinds = np.concatenate(self.kinds) if self.kinds is not None else np.zeros(0, np.uint8)
+        names = np.array(self.kind_names, dtype=str)
+        np.savez(path, ids=np.concatenate(self.ids), lengths=lengths, kinds=kinds, names=names, bytes=self.bytes_scored)
+
+    @classmethod
+    def load(cls, path: Path) -> Windows:
+        """What `save` wrote."""
+        with np.load(path) as stored:
+            cuts = stored["lengths"].cumsum()[:-1]
+            kinds = np.split(stored["kinds"], cuts) if len(stored["kinds"]) else None
+            names = tuple(str(name) for name in stored["names"])
+            return cls(np.split(stored["ids"], cuts), int(stored["bytes"]), kinds, names)
 
     @property
     def digest(self) -> str:
@@ -104,7 +120,10 @@ class FileSource:
 
     def _encode(self, path: Path) -> list[np.ndarray]:
         """The token ids of each document."""
-        documents, stream, unknown = read_documents(path), path.suffix == ".txt", self._tokenizer.unk_token_id
+        documents, stream, tokenizer = read_documents(path), path.suffix == ".txt", self._tokenizer
+        unknown = tokenizer.unk_token_id
+        if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            unknown = None  # it stands for other things too, and these tokenizers know every byte
         encoded = []
         for text in documents:
             ids = np.array(self._tokenizer(text, add_special_tokens=not stream, verbose=False)["input_ids"], np.int64)

@@ -6,15 +6,17 @@ apply_and_save    a model and a pipeline -> a saved system
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from effbench import models, registry, results
 from effbench.errors import PackageError, RecordError, UsageError
+from effbench.measure.host import usable_cores
 from effbench.results import Record
 from effbench.schedule import Progress, Schedule, Silent, record_for
 from effbench.suite import Suite
@@ -28,20 +30,35 @@ def run(suite: Suite, out: Path | None = None, progress: Progress | None = None)
     """
     suite = resolve(suite)
     pipelines = check(suite)
-    out = out or default_folder(suite)
-    _prepare(out, suite, pipelines)
-    rows = [record_for(out, suite, pipeline) for pipeline in pipelines]
-    with tempfile.TemporaryDirectory(prefix="effbench-") as scratch:
+    inputs = results.inputs(suite.model, suite.text, suite.calibration)
+    out = out or default_folder(suite, inputs)
+    _prepare(out, suite, pipelines, inputs)
+    with _locked(out), tempfile.TemporaryDirectory(prefix="effbench-") as scratch:
+        rows = [record_for(out, suite, pipeline) for pipeline in pipelines]
         Schedule(suite, out, Path(scratch), rows, progress or Silent()).work()
     return out
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """No other run works in this folder.
+
+    Raises `RecordError` where one does.
+    """
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecordError(f"another run works in {out}; wait for it, or give another folder with --out") from None
+        yield
 
 
 def resolve(suite: Suite) -> Suite:
     """The suite with its automatic values filled in for this machine."""
     device = resolve_device(suite.device)
-    threads = suite.threads or len(os.sched_getaffinity(0))
+    threads = suite.threads or usable_cores()
     tasks = suite.tasks
-    if not tasks and models.is_reference(suite.model) and suite.text is None:
+    if not tasks and models.speaks_reference(suite.model) and suite.text is None:
         tasks = tuple(registry.tasks())
     return replace(suite, device=device, threads=threads, tasks=tasks)
 
@@ -98,32 +115,30 @@ def _check_text(suite: Suite) -> None:
         FileSource(Path(suite.text), tokenizer)
 
 
-def default_folder(suite: Suite) -> Path:
-    """A folder for exactly this question and this code, so that asking again continues it."""
+def default_folder(suite: Suite, inputs: dict[str, str]) -> Path:
+    """A folder for exactly this question, these inputs and this code, so that asking again continues it."""
     import hashlib
 
-    question = json.dumps([suite.settings, suite.techniques, suite.seed, results.code_digest()])
+    question = json.dumps([suite.settings, suite.techniques, suite.seed, inputs])
     model = Path(suite.model).name or "model"
     return Path("runs") / f"{suite.name}-{model}-{hashlib.sha256(question.encode()).hexdigest()[:8]}"
 
 
-def _prepare(out: Path, suite: Suite, pipelines: Sequence[str]) -> None:
+def _prepare(out: Path, suite: Suite, pipelines: Sequence[str], inputs: dict[str, str]) -> None:
     """Make the folder and see that what lies in it belongs to this question."""
     for path in (out / "records").glob("*.json") if out.is_dir() else []:
-        record = results.load(path)
-        _same_question(out, record, suite)
+        _same_question(out, results.load(path), suite, inputs)
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise RecordError(f"cannot write to {out} ({reason.strerror}); choose another folder with --out") from None
-    asked = {**asdict(suite), "techniques": list(pipelines)}
+    asked = {**asdict(suite), "techniques": list(pipelines), "inputs": inputs}
     results.write_atomically(out / "run.json", json.dumps(asked, indent=1) + "\n")
 
 
-def _same_question(out: Path, record: Record, suite: Suite) -> None:
-    there = {**record.settings, "code": record.provenance.get("code")}
-    here = {**suite.settings, "code": results.code_digest()}
-    for name, value in here.items():
+def _same_question(out: Path, record: Record, suite: Suite, inputs: dict[str, str]) -> None:
+    there = {**record.settings, **record.provenance.get("inputs", {})}
+    for name, value in {**suite.settings, **inputs}.items():
         if there.get(name) != value:
             raise RecordError(
                 f"{out} holds rows measured with {name}={there.get(name)!r}, and now {name}={value!r} is asked for; "

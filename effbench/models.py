@@ -48,6 +48,18 @@ def is_reference(name: str) -> bool:
     return name.partition("@")[0] in reference.NAMES
 
 
+def speaks_reference(name: str) -> bool:
+    """Whether a model's words are those of the embedded family; also of one that was compressed and saved."""
+    path = Path(name).expanduser() / "tokenizer.json"
+    if is_reference(name) or not path.is_file():
+        return is_reference(name)
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(words, dict) and reference.speaks_reference(words)
+
+
 def check(name: str, trust: Trust = CAREFUL) -> None:
     """Look at a model without loading it; neither torch nor transformers is imported for a local one.
 
@@ -157,6 +169,13 @@ def load(
     return _load_checkpoint(name, kind, device, trust)
 
 
+def weights_bytes(name: str) -> int:
+    """Bytes of a local model's weights on disk; 0 where they are not on this machine."""
+    base = name.partition("@")[0]
+    folder = reference.folder(base) if base in reference.NAMES else Path(name).expanduser()
+    return sum(path.stat().st_size for path in folder.glob("**/*.safetensors")) if folder.is_dir() else 0
+
+
 def check_dtype(dtype: str, device: str) -> None:
     """Raises `ModelError` for a word that is no dtype, and for float16 on a CPU."""
     if dtype not in DTYPES:
@@ -184,12 +203,16 @@ def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     options = {"trust_remote_code": trust.remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=None if trust.pickle else True, **options
+        safe = None if trust.pickle else True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=safe, output_loading_info=True, **options
         )
         tokenizer = load_tokenizer(path, trust)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as reason:
         text = str(reason).strip().splitlines() or [type(reason).__name__]
         advice = "pass --trust-remote-code if you trust it" if "trust_remote_code" in str(reason) else "check its files"
         raise ModelError(f"{name} cannot be loaded: {text[0].rstrip('.')}; {advice}") from None
+    lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
+    if lacking:
+        raise ModelError(f"{name} lacks {lacking[0]}, or has it in another shape; random numbers would stand for it")
     return System.dense(model.to(device).eval(), tokenizer)

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from effbench import reference, registry
 from effbench.errors import RecordError
 
 SCHEMA = 1
@@ -151,6 +153,29 @@ def code_digest() -> str:
     for folder in (root, *(root.parent / name for name in ("techniques", "tasks"))):
         for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.yaml")]):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for entry in registry.entries().values():
+        found = find_spec(entry.module) if entry.path is None else None  # another package's technique
+        if found and found.origin:
+            digest.update(Path(found.origin).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def inputs(model: str, *texts: str | None) -> dict[str, str]:
+    """Fingerprints of what a run reads beside its settings: code, weights and texts. The same ones, the same rows."""
+    base = model.partition("@")[0]
+    folder = reference.folder(base) if base in reference.NAMES else Path(model).expanduser()
+    weights = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    given = [Path(text) for text in texts if text]
+    return {"code": code_digest(), "weights": _of_files(weights), "texts": _of_files(given)}
+
+
+def _of_files(paths: Sequence[Path]) -> str:
+    """By content; by size and time of change where a file is too large to be read each time."""
+    digest = hashlib.sha256()
+    for path in paths:
+        about = path.stat()
+        small = about.st_size < 2**28
+        digest.update(path.read_bytes() if small else f"{about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()[:12]
 
 

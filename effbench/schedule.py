@@ -18,7 +18,7 @@ from typing import Protocol
 from effbench import results
 from effbench.results import Record
 from effbench.suite import Suite
-from effbench.worker import OUT_OF_MEMORY, Workers, wait_for
+from effbench.worker import OUT_OF_MEMORY, Workers
 
 STAGES = ("apply", "quality", "speed")
 JOBS = {"apply": "applying:apply", "quality": "scoring:quality", "speed": "timing:speed", "serve": "timing:serve"}
@@ -68,7 +68,7 @@ class Schedule:
         assert suite.threads is not None
         self.suite, self.out, self.scratch, self.progress = suite, out, scratch, progress
         self.dense, self.others = rows[0], [row for row in rows[1:] if row.status == "running"]
-        self.beside = 2 if suite.device == "cpu" and suite.threads > 1 else 1
+        self.beside = suite.rows_at_once
         self.timed: set[int] = set()
 
     def work(self) -> None:
@@ -116,22 +116,34 @@ class Schedule:
         assert self.suite.threads is not None
         socket = self.scratch / "dense.socket"
         dense = self._submit("dense", "serve", self.suite.threads, socket=str(socket))
-        if not wait_for(socket, self.suite.timeout_seconds):
-            self.workers.cancel(dense)
+        ended: dict[int, tuple[int, bool]] = {}
+        while not socket.exists() and dense not in ended:
+            ended |= {job: (code, late) for job, code, late in self._ended()}
         for pipeline in todo:
+            if dense in ended:
+                why = self.workers.log_tail(dense) or f"exit code {ended[dense][0]}"
+                self._fail(pipeline, f"there is no dense worker to be timed beside: {why}")
+                continue
             job = self._submit(pipeline, "speed", self.suite.threads, socket=str(socket))
-            while True:
-                over = next((end for end in self._ended() if end[0] == job), None)
-                if over:
-                    break
-            self._settle(pipeline, "speed", *over)
+            while job not in ended:
+                ended |= {job: (code, late) for job, code, late in self._ended()}
+            self._settle(pipeline, "speed", job, *ended[job])
         self.workers.cancel(dense)
+
+    def _fail(self, pipeline: str, reason: str) -> None:
+        record = self._load(pipeline)
+        record.status, record.reason = "failed", reason
+        results.save(record, self.out)
+        self.progress.row(record)
 
     def _needed(self, pipeline: str, stage: str) -> bool:
         """Whether this stage of the row has something left to do. Finished and hopeless rows have not."""
         record = self._load(pipeline)
-        if stage == "quality" and pipeline == "dense" and not (self.out / "dense").is_dir():
-            return bool(self.others)  # the others are compared with log-probabilities that are no longer there
+        if pipeline == "dense" and stage != "speed" and record.status in ("running", "ok"):
+            # what all rows share may be gone since the dense row was finished
+            made = {"apply": "prompts.npy", "quality": "log_probabilities.npy"}[stage]
+            if not (self.out / "dense" / made).is_file():
+                return True
         if record.status != "running":
             return False
         done = set(MEASURES[stage]) <= set(record.measured)
@@ -146,7 +158,7 @@ class Schedule:
             "out": str(self.out),
             "suite": asdict(self.suite),
             "pipeline": pipeline,
-            "system": "" if pipeline == "dense" else str(self._system(pipeline)),
+            "system": str(self._system(pipeline)),
             **more,
         }
         log = self.out / "logs" / f"{record.slug}.log"
@@ -188,11 +200,15 @@ class Schedule:
             results.save(record, self.out)
         self.progress.step(f"{pipeline}: {stage}")
         if record.status != "running":
-            shutil.rmtree(self._system(pipeline), ignore_errors=True)
+            if pipeline != "dense":
+                shutil.rmtree(self._system(pipeline), ignore_errors=True)
             self.progress.row(record)
 
     def _load(self, pipeline: str) -> Record:
         return record_for(self.out, self.suite, pipeline)
 
     def _system(self, pipeline: str) -> Path:
+        """Where a row's system is saved while the run goes on; dense lies with what all rows share."""
+        if pipeline == "dense":
+            return self.out / "dense" / "system"
         return self.out / "systems" / results.slug(pipeline, self.suite.seed)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from effbench.errors import ModelError
 from effbench.models import SAVED
@@ -34,6 +34,8 @@ from effbench.toolbox.walk import replace_module
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
+NO_CODE = {"trust_remote_code": False}
+"""Without it transformers would ask on a terminal whether to run what the folder brings."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -87,9 +89,9 @@ def load(folder: Path, device: Any = "cpu") -> System:
         cache = _rebuild(content["new_cache"], CachePolicy, config=model.config)
         generate = _rebuild(content["generate"], DecodingPolicy)
         parts = {name: _load_model(folder / "parts" / name, device) for name in content["parts"]}
-    except (OSError, KeyError, json.JSONDecodeError) as reason:
+    except (OSError, KeyError, ValueError) as reason:
         raise ModelError(f"{folder} is not a whole saved system ({reason}); save it again") from reason
-    return System(model, AutoTokenizer.from_pretrained(folder), cache, generate, parts)
+    return System(model, AutoTokenizer.from_pretrained(folder, **NO_CODE), cache, generate, parts)
 
 
 def pipeline_of(folder: Path) -> str:
@@ -101,8 +103,6 @@ def _save_model(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True)
     shell: Any = model
     shell.config.save_pretrained(folder)
-    if getattr(shell, "generation_config", None) is not None:
-        shell.generation_config.save_pretrained(folder)
     first: dict[int, str] = {}
     shared, unique = {}, {}
     for name, tensor in _tensors(model):
@@ -122,7 +122,7 @@ def _structure(model: nn.Module) -> dict[str, Any]:
     A changed module comes before the changed modules within it, which differ from what its own options build.
     """
     with torch.device("meta"):
-        plain = dict(AutoModelForCausalLM.from_config(model.config).named_modules())
+        plain = dict(AutoModelForCausalLM.from_config(model.config, **NO_CODE).named_modules())
     changed: dict[str, Any] = {}
     for name, module in model.named_modules():
         twin = plain.get(name)
@@ -153,17 +153,16 @@ def _options(name: str, module: nn.Module) -> dict[str, Any]:
 
 def _load_model(folder: Path, device: Any) -> nn.Module:
     structure = json.loads((folder / "structure.json").read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **NO_CODE)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, structure["dtype"]))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, structure["dtype"]), **NO_CODE)
         for name, module in structure["modules"].items():
             replace_module(model, name, _class(module["class"], nn.Module)(**module["options"]))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     for name, tensor in _read(folder / WEIGHTS):
         _assign(model, name, tensor.to(device))
+    by_name = dict(_tensors(model))
     for name, first in structure["shared"].items():
-        _assign(model, name, model.get_parameter(first))
+        _assign(model, name, by_name[first])
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if left:
         raise ModelError(f"{folder / WEIGHTS} lacks {left[0]}, which its structure names; save the system again")

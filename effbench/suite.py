@@ -9,6 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from effbench import models
 from effbench.errors import UsageError
 from effbench.registry import suggest
 
@@ -51,6 +54,13 @@ class Suite:
             raise UsageError(f"new_tokens must be at least 2, one to be timed after the first; got {self.new_tokens}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device must be auto, cpu or cuda, got {self.device!r}")
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows are applied and scored side by side: two on a CPU, if there is memory for two."""
+        if self.device != "cpu" or self.threads == 1:
+            return 1
+        return 2 if 12 * models.weights_bytes(self.model) < psutil.virtual_memory().available else 1
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -217,15 +217,5 @@ def _tune_allocator() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def wait_for(path: Path, seconds: float) -> bool:
-    """Whether `path` exists within so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if path.exists():
-            return True
-        time.sleep(0.02)
-    return path.exists()
-
-
 if __name__ == "__main__":
     _serve()

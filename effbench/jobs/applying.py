@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effbench import models, registry, results, store
 from effbench.data import Data
 from effbench.errors import PackageError, RecordError, UnfitError
-from effbench.jobs.row import Job, data_for
+from effbench.jobs import sharing
+from effbench.jobs.row import Job, data_for, source_for
 from effbench.measure import memory
 from effbench.measure.energy import meter
 from effbench.results import Record
 from effbench.technique import System, Technique
-from effbench.toolbox.walk import matrices
+from effbench.toolbox.stored import StoredModule
+from effbench.toolbox.walk import blocks, is_matrix, matrices
 
 HIDDEN_SHARE, HIDDEN_BYTES = 0.001, 65536
 """Live tensor bytes beside the stored ones that are not held against a technique: odds and ends of libraries."""
@@ -46,22 +48,26 @@ def apply_pipeline(system: System, pipeline: str, data: Data) -> tuple[System, l
 
 
 def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
-    """Apply the pipeline, save the system, and record its cost and its size."""
+    """Apply the pipeline, save the system, and record its cost and its size.
+
+    The dense row, which comes first, also makes what all rows share.
+    """
     job = Job(out, suite, pipeline, system)
     record = job.record
     dense = job.dense()
-    record.provenance["model_hash"] = digest = _digest(dense)
-    first = job.dense_record()
-    if first and first.provenance.get("model_hash") not in (digest, None):
-        raise RecordError(
-            f"the weights of {record.model} are not those that this folder's dense row was measured with; "
-            "give another folder with --out"
-        )
-    weights = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in matrices(dense.model)}
-    parameters = sum(p.numel() for p in dense.model.parameters())
-    dense_bits = 8.0 * next(dense.model.parameters()).dtype.itemsize
-    own = memory.storages(memory.stored_tensors(dense))
-    others = [t for t in memory.live_tensors() if not (memory.storages([t]).keys() & own.keys())]
+    own_code = type(dense.model).__module__.startswith("transformers_modules")
+    if pipeline == "dense":
+        origin = sharing.write(job.out, job.suite, dense, source_for(job.suite, dense))
+        if "apply" in record.measured:  # a finished row, whose shared part was no longer there
+            if not own_code:
+                store.save(dense, job.system_folder, pipeline)
+            return
+        record.provenance["prompts"] = origin
+    elif own_code:
+        _end(job, "unfit", "the model runs code of its own, so a changed one cannot be saved and loaded")
+        return
+    _check_weights(job, dense)
+    before = _Before(dense)
     data = data_for(job.suite, dense)
     energy = meter(job.suite.device)
     memory.reset_peak()
@@ -69,32 +75,69 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     start = time.perf_counter()
     try:
         result, techniques = apply_pipeline(dense, pipeline, data)
-        del dense
-        record.cost = {
-            "seconds": round(time.perf_counter() - start, 3),
-            "peak_bytes": memory.peak_bytes(),
-            "tokens": data.tokens,
-            "joules": energy.stop(),
-        }
-        hidden, stored = memory.hidden_bytes(result, others), memory.stored_bytes(result)
     except (UnfitError, PackageError) as reason:
-        record.status, record.reason = "unfit", str(reason)
-        results.save(record, job.out)
+        _end(job, "unfit", str(reason))
         return
+    device = dense.device
+    del dense
+    joules = energy.stop()
+    record.cost = {
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_bytes": memory.peak_bytes(),
+        "peak_device_bytes": memory.peak_device_bytes(device),
+        "tokens": data.tokens,
+        "joules": joules if job.suite.rows_at_once == 1 else None,  # the counter is the whole machine's
+    }
+    hidden, stored = memory.hidden_bytes(result, before.others), memory.stored_bytes(result)
     if hidden > max(HIDDEN_BYTES, HIDDEN_SHARE * stored):
-        record.status = "failed"
-        record.reason = (
+        _end(
+            job,
+            "failed",
             f"it keeps {hidden:,} bytes of tensors alive outside the model's parameters and buffers, so its stored "
-            f"bytes ({stored:,}) would not be what it needs"
+            f"bytes ({stored:,}) would not be what it needs",
         )
-        results.save(record, job.out)
         return
-    _record_size(record, result, weights, parameters, dense_bits)
-    record.put("promised_bits_per_weight", promised_bits(techniques, dense_bits), "its options promise no bits")
-    if job.system_folder is not None:
+    _record_size(record, result, before)
+    promises = promised_bits(techniques, before.bits)
+    record.put("promised_bits_per_weight", promises[0] if promises else None, "its options promise no bits")
+    record.samples["promised_bits_without_one"] = promises[1:]
+    if not own_code:
         store.save(result, job.system_folder, pipeline)
     record.measured["apply"] = record.cost["seconds"] or 0.0
     results.save(record, job.out)
+
+
+class _Before:
+    """What has to be known of the dense model once it is changed."""
+
+    def __init__(self, dense: System) -> None:
+        found = matrices(dense.model)
+        self.weights = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in found}
+        inside = blocks(dense.model)[1].parameters()
+        self.block_weights = sum(tensor.numel() for tensor in inside if tensor.ndim > 1)
+        self.parameters = sum(tensor.numel() for tensor in dense.model.parameters())
+        self.bits = 8.0 * next(dense.model.parameters()).dtype.itemsize
+        own = memory.storages(memory.stored_tensors(dense))
+        self.others = [t for t in memory.live_tensors() if not (memory.storages([t]).keys() & own.keys())]
+
+
+def _end(job: Job, status: str, reason: str) -> None:
+    job.record.status, job.record.reason = status, reason
+    results.save(job.record, job.out)
+
+
+def _check_weights(job: Job, dense: System) -> None:
+    """Note which weights these are.
+
+    Raises `RecordError` where the dense row was measured with others.
+    """
+    job.record.provenance["model_hash"] = digest = _digest(dense)
+    first = job.dense_record()
+    if first and first.provenance.get("model_hash") not in (digest, None):
+        raise RecordError(
+            f"the weights of {job.record.model} are not those that this folder's dense row was measured with; "
+            "give another folder with --out"
+        )
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -107,48 +150,66 @@ def _digest(system: System) -> str:
     return f"{zlib.crc32(repr(content).encode()):08x}"
 
 
-def _record_size(
-    record: Record, system: System, weights: dict[str, tuple[int, int]], parameters: int, dense_bits: float
-) -> None:
+def _record_size(record: Record, system: System, before: _Before) -> None:
     """Stored bytes, and bits per weight of the dense model's matrices that were changed or removed."""
-    record.put("stored_bytes", memory.stored_bytes(system))
+    stored = memory.stored_bytes(system)
+    record.put("stored_bytes", stored)
     saved = (Path(record.model).expanduser() / models.SAVED).is_file()  # packed weights are no parameters to count
-    bits = None if saved else 8 * memory.stored_bytes(system) / parameters
+    bits = None if saved else 8 * stored / before.parameters
     record.put("bits_per_weight_model", bits, "it came compressed, and its dense weights are not counted any more")
-    present = dict(system.model.named_modules())
-    plain = dict(matrices(system.model))
-    changed_weights = changed_bytes = 0
-    for name, (checksum, count) in weights.items():
-        if name in plain and _checksum(plain[name].weight) == checksum and plain[name].weight.numel() == count:
-            continue
-        changed_weights += count
-        changed_bytes += memory.module_bytes(present[name]) if name in present else 0
-    whole = sum(count for _, count in weights.values())
-    record.put("compressed_share", changed_weights / whole if whole else None, "it came without plain weight matrices")
+    plain = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in matrices(system.model)}
+    changed = {name for name, content in before.weights.items() if plain.get(name) != content}
+    changed_weights = sum(before.weights[name][1] for name in changed)
+    share = changed_weights / before.block_weights if before.weights else None
+    record.put("compressed_share", share, "it came without plain weight matrices")
+    kept = before.weights.keys() - changed
+    changed_bytes = sum(memory.module_bytes(module) for name, module in _in_place(system) if name not in kept)
     bits = 8 * changed_bytes / changed_weights if changed_weights else None
     record.put("bits_per_weight", bits, "no weight matrix was changed")
 
 
-def promised_bits(techniques: list[Technique], dense_bits: float) -> float | None:
-    """Bits per weight that the options promise, by their standard names; `None` if they promise none.
+def _in_place(system: System) -> list[tuple[str, nn.Module]]:
+    """All that does a matrix's work in the blocks, by name: plain matrices and what was put in their place, whole."""
+    prefix, layers = blocks(system.model)
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in layers.named_modules(prefix=prefix):
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found[-1:])
+        if not inside and (is_matrix(module) or isinstance(module, StoredModule)):
+            found.append((name, module))
+    return found
 
-    `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity, `bits` or
-    `packing` replaces what a weight takes. Cache techniques speak of other bits.
+
+def promised_bits(techniques: list[Technique], dense_bits: float) -> list[float]:
+    """Bits per weight that the options promise, by their standard names; then without each of the techniques in turn.
+
+    Empty if they promise none. `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity,
+    `bits` or `packing` replaces what a weight takes. Cache techniques speak of other bits.
     """
-    share, bits, promised = 1.0, dense_bits, False
-    for technique in techniques:
-        if ".kv_cache." in type(technique).__module__:
-            continue
-        options = {f.name: getattr(technique, f.name) for f in fields(technique)}
-        if "keep" in options:
-            share, promised = share * options["keep"], True
-        pattern = options.get("pattern", "unstructured")
-        if pattern != "unstructured":
-            zeros, run = (int(part) for part in pattern.split(":"))
-            share, promised = share * (1 - zeros / run), True
-        elif "sparsity" in options:
-            share, promised = share * (1 - options["sparsity"]), True
-        stored = options.get("bits", options.get("packing"))
-        if stored is not None:
-            bits, promised = float(stored), True
-    return share * bits if promised else None
+    promises = [promise for technique in techniques if (promise := _promise(technique)) != (1.0, None)]
+    if not promises:
+        return []
+    without = [promises[:place] + promises[place + 1 :] for place in range(len(promises))]
+    return [_together(some, dense_bits) for some in (promises, *without)]
+
+
+def _together(promises: list[tuple[float, float | None]], dense_bits: float) -> float:
+    share, bits = 1.0, dense_bits
+    for factor, replaced in promises:
+        share, bits = share * factor, bits if replaced is None else replaced
+    return share * bits
+
+
+def _promise(technique: Technique) -> tuple[float, float | None]:
+    """The share of a matrix that stays, and the bits that a weight takes from here on."""
+    if ".kv_cache." in type(technique).__module__:
+        return 1.0, None
+    options = {f.name: getattr(technique, f.name) for f in fields(technique)}
+    share = float(options.get("keep", 1.0))
+    pattern = options.get("pattern", "unstructured")
+    if pattern != "unstructured":
+        zeros, run = (int(part) for part in pattern.split(":"))
+        share *= 1 - zeros / run
+    else:
+        share *= 1 - options.get("sparsity", 0.0)
+    stored = options.get("bits", options.get("packing"))
+    return share, None if stored is None else float(stored)

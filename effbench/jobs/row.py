@@ -8,13 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from effbench import models, results, store
-from effbench.data import WINDOW, Data, FileSource, Source, Windows, WorldSource
+from effbench.data import WINDOW, Data, FileSource, Source, WorldSource
 from effbench.measure.host import machine
+from effbench.reference import speaks_reference
 from effbench.results import Record
 from effbench.suite import Suite
 from effbench.technique import System
@@ -26,12 +23,13 @@ class Job:
     def __init__(self, out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         suite["techniques"], suite["tasks"] = tuple(suite["techniques"]), tuple(suite["tasks"])
         self.suite, self.out, self.pipeline = Suite(**suite), Path(out), pipeline
-        self.system_folder = Path(system) if system else None
+        self.system_folder = Path(system)
         fresh = Record(self.suite.name, self.suite.model, pipeline, self.suite.seed, self.suite.settings)
         path = results.path_of(fresh, self.out)
         self.record = results.load(path) if path.is_file() else fresh
         if not self.record.provenance:
-            self.record.provenance = {**results.provenance(), "machine": machine()}
+            asked = results.inputs(self.suite.model, self.suite.text, self.suite.calibration)
+            self.record.provenance = {**results.provenance(), "inputs": asked, "machine": machine()}
 
     def dense_record(self) -> Record | None:
         """The dense row as far as it has come."""
@@ -45,13 +43,9 @@ class Job:
         return models.load(suite.model, suite.dtype, suite.device, trust)
 
     def load(self) -> System:
-        """The system of this row."""
-        return self.dense() if self.system_folder is None else store.load(self.system_folder, self.suite.device)
-
-    def windows(self, system: System) -> Windows | None:
-        """The text that is evaluated; `None` if there is none."""
-        source = source_for(self.suite, system)
-        return source.evaluation(min(system.context, WINDOW), self.suite.limit) if source else None
+        """The system of this row, from where it was saved; one that cannot be, as it is loaded by its name."""
+        saved = (self.system_folder / models.SAVED).is_file()
+        return store.load(self.system_folder, self.suite.device) if saved else self.dense()
 
     def measure(self, name: str, work: Callable[[], None]) -> None:
         """Do a measure unless it is finished, and save the record after it."""
@@ -68,14 +62,7 @@ def source_for(suite: Suite, system: System) -> Source | None:
     if suite.text is not None:
         calibration = Path(suite.calibration) if suite.calibration else None
         return FileSource(Path(suite.text), system.tokenizer, calibration)
-    return WorldSource(system.tokenizer) if _knows_world(system) else None
-
-
-def _knows_world(system: System) -> bool:
-    """Whether a model speaks the synthetic world's language, also after it was compressed and saved."""
-    from effbench.reference.world import World
-
-    return set(World().vocabulary) == set(system.tokenizer.get_vocab())
+    return WorldSource(system.tokenizer) if speaks_reference(system.tokenizer.get_vocab()) else None
 
 
 def data_for(suite: Suite, system: System) -> Data:
@@ -87,15 +74,3 @@ def data_for(suite: Suite, system: System) -> Data:
         return models.load(name, suite.dtype, device, trust)
 
     return Data(source_for(suite, system), min(system.context, WINDOW), lend, suite.seed)
-
-
-def prompts(suite: Suite, system: System, windows: Windows | None, length: int) -> list[Tensor]:
-    """Prompts (batch, length), another one for each round: real text where there is some."""
-    rng = np.random.default_rng(suite.seed)
-    need = suite.batch * (suite.rounds + 1)
-    rows = [window[:length] for window in windows.ids if len(window) >= length][:need] if windows else []
-    if not rows:  # no text, or too short a one: a token's time does not depend on which token it is
-        rows = list(rng.integers(0, system.config.vocab_size, (need, length)))
-    rows = [rows[i % len(rows)] for i in range(need)]
-    ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(system.device)
-    return list(ids.split(suite.batch))

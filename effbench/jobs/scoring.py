@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from effbench import results
 from effbench.data import Windows
-from effbench.jobs.row import Job, prompts
+from effbench.jobs import sharing
+from effbench.jobs.row import Job
 from effbench.measure import memory
 from effbench.results import Record
 from effbench.technique import CachePolicy, System
@@ -20,13 +22,21 @@ def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None
     """Score the system: text, tasks, cache."""
     job = Job(out, suite, pipeline, system)
     loaded = job.load()
-    windows = job.windows(loaded)
-    reference = job.out / "dense" / "log_probabilities.npy"
+    windows = sharing.windows(job.out)
+    longest = max((len(ids) for ids in windows.ids), default=0) if windows else 0
+    if loaded.context < longest:
+        job.record.status = "unfit"
+        job.record.reason = (
+            f"its context of {loaded.context} tokens is shorter than the windows of {longest} it is scored on"
+        )
+        results.save(job.record, job.out)
+        return
+    reference = sharing.folder(job.out) / "log_probabilities.npy"
     if pipeline == "dense" and "perplexity" in job.record.measured and windows and not reference.exists():
         _score_text(Record("", "", "dense", 0), loaded, windows, reference)
     job.measure("perplexity", lambda: _score_text(job.record, loaded, windows, reference))
     job.measure("accuracy", lambda: _score_tasks(job, loaded))
-    job.measure("cache", lambda: _fill_cache(job, loaded, windows))
+    job.measure("cache", lambda: _fill_cache(job, loaded))
 
 
 def _score_text(record: Record, system: System, windows: Windows | None, path: Path) -> None:
@@ -50,6 +60,7 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
     why = "its vocabulary has another width than the dense model's" if reference else "the dense model was not scored"
     record.put("kl_to_dense", sum(found.kl) / tokens if tokens else None, why)
     record.put("top1_agreement", sum(found.agreed) / tokens if tokens else None, why)
+    record.samples["compared_tokens"] = [tokens]
     record.samples["nll"] = [round(value, 6) for value in found.nats]
     record.samples["tokens"] = list(found.tokens)
     for name in found.kind_nats:
@@ -71,17 +82,19 @@ def _score_tasks(job: Job, system: System) -> None:
     found = evaluate(system, names, job.suite.limit)
     for name, result in found.items():
         record.put(f"accuracy/{name}", result.accuracy)
-        record.put(f"accuracy_chance/{name}", result.chance)
+        record.put(f"accuracy_chance/{name}", result.chance, "it does not offer choices")
         record.samples[f"correct/{name}"] = list(result.correct)
     record.put("accuracy", float(np.mean([result.accuracy for result in found.values()])))
-    record.put("accuracy_chance", float(np.mean([result.chance for result in found.values()])))
+    chances = [result.chance for result in found.values() if result.chance is not None]
+    known = len(chances) == len(found)
+    record.put("accuracy_chance", float(np.mean(chances)) if known else None, "some tasks do not offer choices")
+    record.provenance["items_hash"] = {name: result.items_hash for name, result in found.items()}
 
 
 @torch.inference_mode()
-def _fill_cache(job: Job, system: System, windows: Windows | None) -> None:
+def _fill_cache(job: Job, system: System) -> None:
     """Bytes that the caches of the model and of its parts hold once they are full, for each token fed."""
-    count = min(system.context, job.suite.prompt_tokens + job.suite.new_tokens)
-    ids = prompts(job.suite, system, windows, count)[0][:1]
+    ids = sharing.prompts(job.out, system.device)[0][:1]
     held = 0
     for model, cache in [
         (system.model, system.new_cache()),

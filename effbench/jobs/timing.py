@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from effbench.errors import EffbenchError, UnfitError
-from effbench.jobs.row import Job, prompts
+from effbench.jobs import sharing
+from effbench.jobs.row import Job
 from effbench.measure import memory
 from effbench.measure.energy import meter
 from effbench.measure.speed import one_round
-from effbench.suite import Suite
+from effbench.results import Record
 from effbench.technique import System
 
 
@@ -27,14 +29,26 @@ def speed(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: s
     job.measure("speed", lambda: _time(job, loaded, before, Path(socket)))
 
 
+COLUMNS = (
+    "prefill_seconds",
+    "decode_seconds_per_token",
+    "tokens_per_pass",
+    "acceptance_rate",
+    "joules_per_token",
+    "peak_bytes",
+    "peak_growth_bytes",
+    "peak_device_bytes",
+)
+
+
 def _time(job: Job, system: System, before: int, socket: Path) -> None:
     record, suite = job.record, job.suite
-    given = prompts(suite, system, job.windows(system), _prompt_length(suite, system))
+    given = _prompts(job, system)
     energy = meter(suite.device)
     try:
         one_round(system, given[0], suite.new_tokens)
     except UnfitError as reason:
-        for name in ("prefill_seconds", "decode_seconds_per_token", "joules_per_token"):
+        for name in COLUMNS:
             record.put(name, None, str(reason))
         return
     peak = memory.peak_bytes()
@@ -46,42 +60,57 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
         raise EffbenchError(
             f"stores {stored:,} bytes after a forward pass, and {record.values['stored_bytes']:,.0f} when it was saved"
         )
-    prefill, decode, dense_prefill, dense_decode, joules = [], [], [], [], 0.0
+    ours, theirs, joules = [], [], 0.0
     new = passes = proposed = accepted = 0
     with Client(str(socket), family="AF_UNIX") as dense:
         for number, prompt in enumerate(given[1:]):
             dense.send_bytes(json.dumps(number + 1).encode())
-            theirs = json.loads(dense.recv_bytes())
-            energy.start()
-            first, each, generation = one_round(system, prompt, suite.new_tokens)
-            joules += energy.stop() or 0.0
-            prefill.append(first)
-            decode.append(each)
-            dense_prefill.append(theirs[0])
-            dense_decode.append(theirs[1])
+            theirs.append(json.loads(dense.recv_bytes()))
+            prefill, decode, generation = one_round(system, prompt, suite.new_tokens, energy)
+            joules += energy.stopped or 0.0
+            ours.append((prefill, decode))
             new += generation.ids.shape[1] - prompt.shape[1]
             passes, proposed = passes + generation.passes, proposed + generation.proposed
             accepted += generation.accepted
-    record.samples.update(prefill_seconds=prefill, decode_seconds=decode)
-    record.samples.update(dense_prefill_seconds=dense_prefill, dense_decode_seconds=dense_decode)
-    record.put("prefill_seconds", float(np.median(prefill)))
-    record.put("decode_seconds_per_token", float(np.median(decode)))
+    _put_times(record, ours, theirs)
     record.put("tokens_per_pass", new / (passes + len(given) - 1))
     record.put("acceptance_rate", accepted / proposed if proposed else None, "nothing is drafted")
-    total = sum(len(prompt) for prompt in given[1:]) * (suite.new_tokens + 1)
+    total = suite.batch * (len(given) - 1) * suite.new_tokens
     record.put("joules_per_token", joules / total if energy.source else None, energy.reason)
     record.provenance["energy_source"] = energy.source
 
 
-def _prompt_length(suite: Suite, system: System) -> int:
-    return max(1, min(suite.prompt_tokens, system.context - suite.new_tokens))
+def _put_times(record: Record, ours: list[tuple[float, float]], theirs: list[list[float]]) -> None:
+    """Seconds of this row and of dense, round by round.
+
+    A round in which noise swallowed the time of the new tokens has none; where half of the rounds are so, there is
+    no figure.
+    """
+    rounds = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine[1] > 0 and other[1] > 0]
+    record.samples["prefill_seconds"] = [mine[0] for mine in ours]
+    record.samples["dense_prefill_seconds"] = [other[0] for other in theirs]
+    record.put("prefill_seconds", float(np.median([mine[0] for mine in ours])))
+    if 2 * len(rounds) <= len(ours):
+        why = "the new tokens take too little time beside their prompt; use more --new-tokens or fewer --prompt-tokens"
+        record.put("decode_seconds_per_token", None, why)
+        return
+    record.samples["decode_seconds"] = [mine[1] for mine, _ in rounds]
+    record.samples["dense_decode_seconds"] = [other[1] for _, other in rounds]
+    record.put("decode_seconds_per_token", float(np.median(record.samples["decode_seconds"])))
+
+
+def _prompts(job: Job, system: System) -> list[Tensor]:
+    """The run's prompts, cut so that the new tokens fit behind them."""
+    given = sharing.prompts(job.out, system.device)
+    length = max(1, given[0].shape[1] - job.suite.new_tokens)
+    return [prompt[:, :length] for prompt in given]
 
 
 def serve(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: str) -> None:
     """The dense worker: one round of plain decoding for each request, on the prompts that the candidate uses."""
     job = Job(out, suite, pipeline, system)
-    dense = job.dense()
-    given = prompts(job.suite, dense, job.windows(dense), _prompt_length(job.suite, dense))
+    dense = job.load()
+    given = _prompts(job, dense)
     one_round(dense, given[0], job.suite.new_tokens)
     with Listener(socket, family="AF_UNIX") as listener:
         while True:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,10 +29,11 @@ BATCH_TOKENS = 8192
 
 @dataclass
 class TaskResult:
-    """What one task gave: 1 or 0 for each item, and the accuracy of guessing among its choices."""
+    """What one task gave: 1 or 0 for each item, the accuracy of guessing among its choices, the items' fingerprint."""
 
     correct: list[int]
-    chance: float
+    chance: float | None
+    items_hash: str
 
     @property
     def accuracy(self) -> float:
@@ -115,39 +117,39 @@ class SystemLM(TemplateLM):
                 single.setdefault(tuple(context), []).append(number)
             else:
                 longer.setdefault((*context, *choice[:-1]), []).append(number)
-        for numbers, row in zip(single.values(), self._rows(list(single), 1), strict=True):
+        single_numbers, longer_numbers = list(single.values()), list(longer.values())
+        keeps = [max(len(requests[number][2]) for number in numbers) for numbers in longer_numbers]
+        for place, row in self._rows(list(single), [1] * len(single)):
+            numbers = single_numbers[place]
             log_probabilities = torch.log_softmax(row[-1].float(), -1)
             best = int(log_probabilities.argmax())
             picked = log_probabilities[[requests[number][2][0] for number in numbers]].tolist()
             for number, value in zip(numbers, picked, strict=True):
                 answers[number] = (value, requests[number][2][0] == best)
-        keep = max((len(requests[number][2]) for number in sum(longer.values(), [])), default=1)
-        for numbers, row in zip(longer.values(), self._rows(list(longer), keep), strict=True):
-            for number in numbers:
+        for place, row in self._rows(list(longer), keeps):
+            for number in longer_numbers[place]:
                 wanted = torch.tensor(requests[number][2], device=row.device)
                 log_probabilities = torch.log_softmax(row[-len(wanted) :].float(), -1)
                 value = float(log_probabilities.gather(-1, wanted[:, None]).sum())
                 answers[number] = (value, bool((log_probabilities.argmax(-1) == wanted).all()))
         return answers
 
-    def _rows(self, sequences: list[tuple[int, ...]], keep: int) -> list[Tensor]:
-        """The logits (up to `keep`, vocabulary) of the last tokens of each sequence.
+    def _rows(self, sequences: list[tuple[int, ...]], keeps: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """The place of each sequence and the logits (its `keep` or more, vocabulary) of its last tokens.
 
-        Sequences of one length run together, so no padding ever enters a cache.
+        Sequences of one length run together, so no padding ever enters a cache; they come as they are done.
         """
-        answers: list[Tensor] = [torch.empty(0)] * len(sequences)
         by_length: dict[int, list[int]] = {}
-        for number, sequence in enumerate(sequences):
-            by_length.setdefault(len(sequence), []).append(number)
-        for length, numbers in sorted(by_length.items(), reverse=True):
+        for place, sequence in enumerate(sequences):
+            by_length.setdefault(len(sequence), []).append(place)
+        for length, places in sorted(by_length.items(), reverse=True):
             count = max(1, self._batch_tokens // length)
-            for start in range(0, len(numbers), count):
-                batch = numbers[start : start + count]
-                ids = torch.tensor([sequences[number] for number in batch])
+            for start in range(0, len(places), count):
+                batch = places[start : start + count]
+                ids = torch.tensor([sequences[place] for place in batch])
+                keep = max(keeps[place] for place in batch)
                 logits = window_logits(self.system, ids, through_cache=self._through_cache, keep=keep)
-                for row, number in enumerate(batch):
-                    answers[number] = logits[row].clone()
-        return answers
+                yield from zip(batch, logits, strict=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that give every token as much context as they can."""
@@ -229,7 +231,11 @@ def evaluate(system: System, names: Sequence[str], limit: int | None = None) -> 
     results = {}
     for name, samples in output["samples"].items():
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
+        if "acc" not in samples[0]:
+            raise TaskError(f"task {name!r} gives no accuracy (its metrics are others); leave it out of --tasks")
         correct = [int(sample["acc"]) for sample in samples]
-        chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples)
-        results[name] = TaskResult(correct, chance)
+        choices = loaded["tasks"][name].get_config("output_type") == "multiple_choice"
+        chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples) if choices else None
+        items = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:16]
+        results[name] = TaskResult(correct, chance, items)
     return results

@@ -22,6 +22,8 @@ class Meter:
     _read: Callable[[], list[float]] = field(repr=False, default=list)
     _wraps: list[float] = field(repr=False, default_factory=list)
     _started: list[float] = field(repr=False, default_factory=list)
+    stopped: float | None = None
+    """Joules of the last window; `None` without a counter."""
 
     def start(self) -> None:
         """Open the window."""
@@ -34,6 +36,7 @@ class Meter:
         total = 0.0
         for before, after, wrap in zip(self._started, self._read(), self._wraps, strict=True):
             total += after - before if after >= before else after - before + wrap
+        self.stopped = total
         return total
 
 

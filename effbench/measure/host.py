@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
     info = _cpu_info()
     return {
         "cpu": info.get("model name") or info.get("Model") or platform.processor() or platform.machine(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "flags": [flag for flag in FLAGS if flag in _flags(info)],
         "memory_bytes": _memory_bytes(),
         "gpus": _gpu_names(),
@@ -172,7 +172,8 @@ def _flags(info: dict[str, str]) -> set[str]:
     return set((info.get("flags") or info.get("Features") or "").split())
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effbench.measure.energy import Meter
 from effbench.technique import Generation, System
 
 
@@ -28,17 +29,24 @@ def _seconds(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-def one_round(system: System, prompt: Tensor, new_tokens: int) -> tuple[float, float, Generation]:
+def one_round(
+    system: System, prompt: Tensor, new_tokens: int, meter: Meter | None = None
+) -> tuple[float, float, Generation]:
     """Seconds to the first new token, seconds for each further one, and what was generated.
 
     `prompt` is (batch, tokens). The second is (time of all `new_tokens` - time of the first) / (new_tokens - 1),
-    both by their own call, so whatever a decoding policy does before its first token counts as prefill.
+    both by their own call, so whatever a decoding policy does before its first token counts as prefill. Where noise is
+    larger than the new tokens' time it is not positive. `meter` runs over the second call.
     """
     device = system.device
     start = _mark(device)
     system.generate(system, prompt, 1)
     first = _mark(device)
+    if meter:
+        meter.start()
     generation = system.generate(system, prompt, new_tokens)
     end = _mark(device)
     prefill, everything = _seconds(start, first), _seconds(first, end)
-    return prefill, max(everything - prefill, 1e-9) / (new_tokens - 1), generation
+    if meter:
+        meter.stop()
+    return prefill, (everything - prefill) / (new_tokens - 1), generation

@@ -4,6 +4,8 @@
 Importing this package imports nothing heavy.
 """
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 NAMES = ("ref-70k", "ref-300k", "ref-1m", "ref-3m")
@@ -11,6 +13,12 @@ NAMES = ("ref-70k", "ref-300k", "ref-1m", "ref-3m")
 
 CONTEXT = 512
 """The longest context in tokens that the family is trained on."""
+
+
+def speaks_reference(vocabulary: Iterable[str]) -> bool:
+    """Whether these are the words of the synthetic world: of the family, also where it was compressed and saved."""
+    content = json.loads((folder(NAMES[0]) / "tokenizer.json").read_text(encoding="utf-8"))
+    return set(vocabulary) == set(content["model"]["vocab"])
 
 
 def folder(name: str) -> Path:

@@ -1,0 +1,68 @@
+"""What all rows of a run share, made once from the dense model: text as token ids, prompts, and the system itself.
+
+<out>/dense/system/                 the dense system, saved as every other one, so that all come through one door
+<out>/dense/windows.npz             the text that is scored
+<out>/dense/log_probabilities.npy   the dense model's, on the first of its tokens (see `measure.quality`)
+<out>/dense/prompts.npy             the prompts that are timed; written last
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effbench.data import WINDOW, Source, Windows
+from effbench.suite import Suite
+from effbench.technique import System
+
+
+def folder(out: Path) -> Path:
+    """Where it lies, until the run is complete."""
+    return out / "dense"
+
+
+def write(out: Path, suite: Suite, dense: System, source: Source | None) -> str:
+    """Make the text and the prompts; where the prompts come from, in words."""
+    shared = folder(out)
+    shared.mkdir(parents=True, exist_ok=True)
+    windows = source.evaluation(min(dense.context, WINDOW), suite.limit) if source else None
+    if windows:
+        windows.save(shared / "windows.npz")
+    prompts, origin = _prompts(suite, windows, dense.context, dense.config.vocab_size)
+    beside = shared / "prompts.partial.npy"
+    np.save(beside, prompts)
+    beside.replace(shared / "prompts.npy")
+    return origin
+
+
+def is_complete(out: Path) -> bool:
+    """Whether it is all there."""
+    return (folder(out) / "prompts.npy").is_file()
+
+
+def windows(out: Path) -> Windows | None:
+    """The text that is scored; `None` if there is none."""
+    path = folder(out) / "windows.npz"
+    return Windows.load(path) if path.is_file() else None
+
+
+def prompts(out: Path, device: torch.device) -> list[Tensor]:
+    """A prompt (batch, prompt + new tokens) for warming up and one for each round."""
+    return list(torch.from_numpy(np.load(folder(out) / "prompts.npy")).to(device))
+
+
+def _prompts(suite: Suite, windows: Windows | None, context: int, vocabulary: int) -> tuple[np.ndarray, str]:
+    """Token ids (rounds + 1, batch, tokens), and where they are from."""
+    length = min(suite.prompt_tokens + suite.new_tokens, context)
+    shape = (suite.rounds + 1, suite.batch, length)
+    count = shape[0] * shape[1]
+    if windows is None:  # a token's time does not depend on which it is; what a draft gets right does
+        drawn = np.random.default_rng(suite.seed).integers(0, vocabulary, shape)
+        return drawn, "random tokens, since no text was given"
+    rows = [ids[:length] for ids in windows.ids if len(ids) >= length][:count]
+    if len(rows) < count:  # short documents follow each other, and again from the start where there are too few
+        return np.resize(np.concatenate(windows.ids), shape), "the text, its documents joined"
+    return np.stack(rows).reshape(shape), "the text"
