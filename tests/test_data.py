@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effbench.data import Data, FileSource, WorldSource, read_documents
+from effbench.data import Data, FileSource, Windows, WorldSource, read_documents
 from effbench.errors import TextError, UnfitError
 from effbench.reference.tokenizer import build_tokenizer
 from effbench.reference.world import World
@@ -94,3 +94,23 @@ def test_techniques_never_see_the_held_out_stream() -> None:
 def test_without_text_a_technique_that_needs_some_is_unfit() -> None:
     with pytest.raises(UnfitError, match="--text"):
         Data(None, 128, lambda name: pytest.fail("no model was asked for")).calibration()
+
+
+def test_windows_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
+    plain = Windows([np.arange(5), np.arange(3)], 17)
+    tagged = WorldSource(TOKENIZER).evaluation(64, 3)
+    for windows in (plain, tagged):
+        windows.save(tmp_path / "windows.npz")
+        loaded = Windows.load(tmp_path / "windows.npz")
+        assert loaded.digest == windows.digest and loaded.bytes_scored == windows.bytes_scored
+        assert [len(ids) for ids in loaded.ids] == [len(ids) for ids in windows.ids]
+        assert loaded.kind_names == windows.kind_names
+        assert np.array_equal(np.concatenate(loaded.kinds or [[]]), np.concatenate(windows.kinds or [[]]))
+
+
+def test_an_unknown_token_that_also_ends_texts_does_not_refuse_them(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(World().vocabulary)
+    tokenizer.unk_token = tokenizer.eos_token
+    path = tmp_path / "text.txt"
+    path.write_text(words(30) + f" {tokenizer.eos_token} " + words(30))
+    assert FileSource(path, tokenizer).evaluation(64, None).ids

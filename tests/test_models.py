@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, random_system
+from safetensors.torch import load_file, save_file
 
-from effbench import models
+from effbench import models, store
 from effbench.errors import ModelError
 from effbench.reference import NAMES
 
@@ -104,3 +105,18 @@ def test_a_folder_whose_config_names_an_unknown_architecture_is_refused(folder: 
 def test_float16_on_a_cpu_is_refused_with_the_reason() -> None:
     with pytest.raises(ModelError, match="slower"):
         models.load("ref-70k", "float16")
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks model.layers.0.mlp.down_proj.weight"):
+        models.load(str(folder))
+
+
+def test_a_saved_member_of_the_family_still_speaks_its_language(tmp_path: Path) -> None:
+    store.save(models.load("ref-70k"), tmp_path / "saved", "dense")
+    assert models.speaks_reference(str(tmp_path / "saved")) and models.speaks_reference("ref-1m@outliers")
+    assert not models.speaks_reference("someone/model")

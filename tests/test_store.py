@@ -120,3 +120,19 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(ModelError, match="format 99"):
         store.load(tmp_path / "saved")
+
+
+def test_code_that_a_folder_brings_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("loading must not ask whether to run a folder's code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    store.save(random_system("llama"), tmp_path / "saved", "dense")
+    path = tmp_path / "saved" / "model" / "config.json"
+    content = {**json.loads(path.read_text()), "model_type": "strange", "auto_map": {"AutoConfig": "evil.Strange"}}
+    path.write_text(json.dumps(content))
+    (path.parent / "evil.py").write_text("raise AssertionError('this code must not run')")
+    with pytest.raises(ModelError, match="not a whole saved system"):
+        store.load(tmp_path / "saved")

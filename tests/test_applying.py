@@ -1,0 +1,97 @@
+"""What applying says of bits: the promise, what is realised of it, and of how much of the model."""
+
+import pytest
+import torch
+import transformers
+from conftest import LLAMA_LIKE, random_system
+
+from effbench.jobs.applying import _Before, _record_size, promised_bits
+from effbench.measure.derived import rows
+from effbench.registry import parse
+from effbench.results import Record
+from effbench.suite import Suite
+from effbench.technique import System
+from effbench.toolbox.walk import matrices
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "promises"),
+    [
+        ("dense", []),
+        ("sink_window", []),
+        ("rtn:bits=4", [4, 16]),
+        ("magnitude:sparsity=0.5", [8, 16]),
+        ("magnitude:pattern=2:4", [8, 16]),
+        ("svd:keep=0.8+rtn:bits=8", [6.4, 8, 12.8]),
+        ("magnitude:sparsity=0.5+rtn:bits=4+sink_window", [2, 4, 8]),
+        ("bitnet:packing=1.6", [1.6, 16]),
+    ],
+)
+def test_a_promise_follows_from_the_standard_options(pipeline: str, promises: list[float]) -> None:
+    assert promised_bits(parse(pipeline), 16.0) == pytest.approx(promises)
+
+
+def sized(dense: System, result: System) -> Record:
+    """The record of a dense system that became another one."""
+    record = Record("custom", "none", "x", 0, Suite().settings, "ok")
+    _record_size(record, result, _Before(dense))
+    return record
+
+
+def test_an_untouched_model_has_no_changed_weights() -> None:
+    record = sized(random_system("llama"), random_system("llama"))
+    assert record.values["compressed_share"] == 0 and record.values["bits_per_weight"] is None
+
+
+def test_one_changed_matrix_is_its_share_of_all_block_weights() -> None:
+    changed = random_system("gpt2")
+    name, linear = matrices(changed.model)[0]
+    linear.weight.data += 1
+    record = sized(random_system("gpt2"), changed)
+    whole = sum(linear.weight.numel() for _, linear in matrices(changed.model))
+    assert record.values["compressed_share"] == pytest.approx(linear.weight.numel() / whole)
+    assert record.values["bits_per_weight"] == 16
+
+
+def test_a_student_of_another_architecture_is_charged_in_full() -> None:
+    student = random_system("gpt_neox")
+    record = sized(random_system("llama"), student)
+    weights = sum(linear.weight.numel() for _, linear in matrices(random_system("llama").model))
+    held = sum(linear.weight.numel() for _, linear in matrices(student.model))
+    assert record.values["compressed_share"] == 1
+    assert record.values["bits_per_weight"] == pytest.approx(16 * held / weights)
+
+
+def test_experts_that_the_walk_does_not_find_count_as_untouched() -> None:
+    def mixture() -> System:
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return System.dense(model, random_system("llama").tokenizer)
+
+    changed = mixture()
+    for _, linear in matrices(changed.model):
+        linear.weight.data += 1
+    share = sized(mixture(), changed).values["compressed_share"]
+    assert share is not None and 0 < share < 0.5
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "realised", "simulated"),
+    [
+        ("rtn:bits=4", 4.3, False),
+        ("rtn:bits=2", 2.5, False),
+        ("magnitude:sparsity=0.5", 16.0, True),
+        ("magnitude:sparsity=0.5+rtn:bits=4", 4.2, True),
+        ("svd:keep=0.8+rtn:bits=8", 6.5, False),
+    ],
+)
+def test_bits_that_a_part_of_the_pipeline_would_have_needed_anyway_are_called_simulated(
+    pipeline: str, realised: float, simulated: bool
+) -> None:
+    record = Record("custom", "ref-1m", pipeline, 0, Suite().settings, "ok")
+    promises = promised_bits(parse(pipeline), 16.0)
+    record.put("promised_bits_per_weight", promises[0])
+    record.samples["promised_bits_without_one"] = promises[1:]
+    record.put("bits_per_weight", realised)
+    assert rows([record])[0].simulated is simulated
