@@ -57,12 +57,12 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     dense = job.dense()
     own_code = type(dense.model).__module__.startswith("transformers_modules")
     if pipeline == "dense":
-        origin = sharing.write(job.out, job.suite, dense, source_for(job.suite, dense))
-        if "apply" in record.measured:  # a finished row, whose shared part was no longer there
-            if not own_code:
-                store.save(dense, job.system_folder, pipeline)
+        finished = "apply" in record.measured  # what all rows share was no longer there
+        if finished and not own_code:
+            store.save(dense, job.system_folder, pipeline)
+        record.provenance["prompts"] = sharing.write(job.out, job.suite, dense, source_for(job.suite, dense))
+        if finished:
             return
-        record.provenance["prompts"] = origin
     elif own_code:
         _end(job, "unfit", "the model runs code of its own, so a changed one cannot be saved and loaded")
         return
