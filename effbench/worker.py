@@ -57,6 +57,7 @@ class Workers:
             start_new_session=True,  # Ctrl-C is for the caller, who then ends the workers
         )
         self._next = 0
+        self._pending = b""
         self._logs: dict[int, Path] = {}
         self.started: dict[int, float] = {}
         """When each job began to run, by `time.monotonic`; one that still waits is not there."""
@@ -72,12 +73,19 @@ class Workers:
         """The number and exit code of a job that has ended, negative for a signal; `None` if none has within the
         timeout, or a job has only begun."""
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout)
-        if not ready:
+        # read unbuffered: two answers that come together must not leave one where select does not see it
+        if b"\n" not in self._pending:
+            ready, _, _ = select.select([self._process.stdout], [], [], timeout)
+            if not ready:
+                return None
+            data = os.read(self._process.stdout.fileno(), 65536)
+            if not data:
+                raise WorkerError(f"the worker process ended on its own (exit code {self._process.wait()})")
+            self._pending += data
+        line, separator, rest = self._pending.partition(b"\n")
+        if not separator:
             return None
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerError(f"the worker process ended on its own (exit code {self._process.wait()})")
+        self._pending = rest
         answer = json.loads(line)
         if "started" in answer:
             self.started[answer["job"]] = time.monotonic()
