@@ -1,12 +1,13 @@
 # make run    the main job: the default suite on the embedded model, offline, a table at the end
 # make test   everything CI checks: lint, types, tests, generated text
+# make results   measure the committed leaderboard anew, and the tables made of it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit docs bench clean
+.PHONY: run test lint types unit docs bench results clean
 
 run: $(VENV)/.core
 	$(BIN)/effbench run
@@ -28,6 +29,11 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/benchmarks --ignore=/dev/null
+
+results: $(VENV)/.core
+	rm -rf results/reference/records
+	$(BIN)/effbench run --out results/reference
+	$(BIN)/python -m effbench.report.docs
 
 clean:
 	rm -rf $(VENV) runs
