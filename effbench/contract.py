@@ -19,7 +19,7 @@ from transformers import Cache
 from effbench import models, registry, store
 from effbench.data import Data
 from effbench.errors import EffbenchError, UnfitError
-from effbench.jobs.applying import HIDDEN_BYTES, HIDDEN_SHARE, promised_bits
+from effbench.jobs.applying import promised_bits
 from effbench.jobs.row import data_for, source_for
 from effbench.measure import memory
 from effbench.measure.quality import scored_through_cache, window_logits
@@ -136,13 +136,12 @@ def _repeatable(bench: _Bench) -> Outcome:
 def _honest(bench: _Bench) -> Outcome:
     """Nothing lives outside parameters and buffers; what is promised is compared with what is stored."""
     dense = bench.dense()
-    own = memory.storages(memory.stored_tensors(dense))
-    others = [t for t in memory.live_tensors() if not (memory.storages([t]).keys() & own.keys())]
+    others = memory.others(dense)
     del dense
     system = bench.applied()
     stored = memory.stored_bytes(system)
     hidden = memory.hidden_bytes(system, others)
-    if hidden > max(HIDDEN_BYTES, HIDDEN_SHARE * stored):
+    if memory.hides(hidden, stored):
         yield f"{hidden:,} bytes of tensors live outside the model's parameters and buffers ({stored:,} bytes)", ""
     bench.logits(system)
     after = memory.stored_bytes(system)

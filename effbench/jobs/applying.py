@@ -23,9 +23,6 @@ from effbench.technique import System, Technique
 from effbench.toolbox.stored import StoredModule
 from effbench.toolbox.walk import blocks, is_matrix, matrices
 
-HIDDEN_SHARE, HIDDEN_BYTES = 0.001, 65536
-"""Live tensor bytes beside the stored ones that are not held against a technique: odds and ends of libraries."""
-
 
 def apply_pipeline(system: System, pipeline: str, data: Data) -> tuple[System, list[Technique]]:
     """The system after each technique in turn, and the techniques.
@@ -89,7 +86,7 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         "joules": joules if job.suite.rows_at_once == 1 else None,  # the counter is the whole machine's
     }
     hidden, stored = memory.hidden_bytes(result, before.others), memory.stored_bytes(result)
-    if hidden > max(HIDDEN_BYTES, HIDDEN_SHARE * stored):
+    if memory.hides(hidden, stored):
         _end(
             job,
             "failed",
@@ -117,8 +114,7 @@ class _Before:
         self.block_weights = sum(tensor.numel() for tensor in inside if tensor.ndim > 1)
         self.parameters = sum(tensor.numel() for tensor in dense.model.parameters())
         self.bits = 8.0 * next(dense.model.parameters()).dtype.itemsize
-        own = memory.storages(memory.stored_tensors(dense))
-        self.others = [t for t in memory.live_tensors() if not (memory.storages([t]).keys() & own.keys())]
+        self.others = memory.others(dense)
 
 
 def _end(job: Job, status: str, reason: str) -> None:

@@ -64,6 +64,21 @@ def stored_bytes(system: System) -> int:
     return sum(storages(stored_tensors(system)).values())
 
 
+HIDDEN_SHARE, HIDDEN_BYTES = 0.001, 65536
+"""Live tensor bytes beside the stored ones that are not held against a technique: odds and ends of libraries."""
+
+
+def others(system: System) -> list[Tensor]:
+    """All live tensors that are not this system's."""
+    own = storages(stored_tensors(system)).keys()
+    return [tensor for tensor in live_tensors() if not (storages([tensor]).keys() & own)]
+
+
+def hides(hidden: int, stored: int) -> bool:
+    """Whether so many live bytes outside of so many stored ones are held against a technique."""
+    return hidden > max(HIDDEN_BYTES, HIDDEN_SHARE * stored)
+
+
 def hidden_bytes(system: System, known: Iterable[Tensor] = ()) -> int:
     """Bytes of live tensors that are neither stored by the system nor `known` to belong to somebody else.
 
