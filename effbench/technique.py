@@ -17,7 +17,8 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedTokeni
 
 from effbench.errors import UnfitError
 from effbench.toolbox.decoding import Generation, plain_decode
-from effbench.toolbox.walk import Inputs, compress_blocks, matrices
+from effbench.toolbox.inputs import Inputs
+from effbench.toolbox.walk import compress_blocks, matrices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,6 +151,8 @@ class LayerTechnique(Technique):
     """Whether `layer` looks at calibration inputs."""
     dense_inputs: ClassVar[bool] = False
     """Whether a block is fed by the dense blocks before it instead of by the compressed ones."""
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """What `layer` reads of its inputs ("gram", "mean_abs", "max_abs"), where that is all: inputs are then not kept."""
 
     def unfit(self, system: System) -> str | None:
         found = matrices(system.model)
@@ -174,7 +177,14 @@ class LayerTechnique(Technique):
 
     def apply(self, system: System, data: Data) -> System:
         ids = data.calibration(**self.calibration_size(system)) if self.needs_inputs else None
-        compress_blocks(system.model, self.layer, ids, dense_inputs=self.dense_inputs)
+        compress_blocks(
+            system.model,
+            self.layer,
+            ids,
+            dense_inputs=self.dense_inputs,
+            statistics=self.statistics,
+            sequential=bool(getattr(self, "true_sequential", False)),
+        )
         return system
 
     def calibration_size(self, system: System) -> dict[str, int]:

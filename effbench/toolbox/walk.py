@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,57 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.errors import UnfitError
-
-
-class Inputs:
-    """The calibration inputs of one matrix, or of several that share them; each statistic is computed once.
-
-    Built from chunks (tokens, in); all statistics are float32 and over all tokens.
-    """
-
-    def __init__(self, chunks: list[Tensor]) -> None:
-        self.chunks = [chunk.reshape(-1, chunk.shape[-1]) for chunk in chunks]
-
-    @classmethod
-    def of(cls, inputs: Inputs | Tensor | None) -> Inputs:
-        """`inputs` as given to `layer`, where a plain tensor (tokens, in) is as good.
-
-        Raises `ValueError` for `None`.
-        """
-        if inputs is None:
-            raise ValueError("this technique needs calibration inputs, got none; pass a tensor (tokens, in)")
-        return inputs if isinstance(inputs, Inputs) else cls([inputs])
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens were seen."""
-        return sum(chunk.shape[0] for chunk in self.chunks)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """The sum over tokens of x x^T, (in, in)."""
-        width = self.chunks[0].shape[1]
-        total = torch.zeros(width, width, device=self.chunks[0].device)
-        for chunk in self.chunks:
-            rows = chunk.float()
-            total.addmm_(rows.T, rows)
-        return total
-
-    @cached_property
-    def mean_abs(self) -> Tensor:
-        """The mean of |x| per input channel, (in,)."""
-        return torch.stack([chunk.float().abs().sum(0) for chunk in self.chunks]).sum(0) / self.tokens
-
-    @cached_property
-    def max_abs(self) -> Tensor:
-        """The largest |x| per input channel, (in,)."""
-        return torch.stack([chunk.float().abs().amax(0) for chunk in self.chunks]).amax(0)
-
-    def rows(self, count: int) -> Tensor:
-        """`count` inputs (count, in) in float32, evenly spread over all tokens."""
-        places = torch.linspace(0, self.tokens - 1, min(count, self.tokens)).round().long()
-        everything = torch.cat(self.chunks)
-        return everything[places.to(everything.device)].float()
+from effbench.toolbox.inputs import Inputs
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -91,10 +42,10 @@ def is_matrix(module: nn.Module) -> bool:
 def matrices(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The plain weight matrices within the blocks, by their names in the model; embeddings and head are left out."""
     prefix, layers = blocks(model)
-    return [(f"{prefix}.{name}", _as_linear(m)) for name, m in layers.named_modules() if is_matrix(m)]
+    return [(f"{prefix}.{name}", as_linear(m)) for name, m in layers.named_modules() if is_matrix(m)]
 
 
-def _as_linear(module: nn.Module) -> nn.Linear:
+def as_linear(module: nn.Module) -> nn.Linear:
     """A linear over the very same weights; a `Conv1D` stores them (in, out) and is seen transposed."""
     if isinstance(module, nn.Linear):
         return module
@@ -114,13 +65,13 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 @contextmanager
 def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects what goes into the named modules of `block` while the context is open."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    """Collects what goes into the named modules of `block` while the context is open, in the order of their calls."""
+    seen: dict[str, list[Tensor]] = {}
     handles = []
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name].append(args[0].detach())
+            seen.setdefault(name, []).append(args[0].detach())
 
         return hook
 
@@ -133,10 +84,104 @@ def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, li
             handle.remove()
 
 
-def _block_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Tensor], list[list[dict]]]:
-    """What the first block is fed, one tensor a sequence, and the keyword arguments of every block's call."""
+@dataclass
+class Block:
+    """One of a model's blocks with all that it is called with, one call for each calibration sequence."""
+
+    name: str
+    module: nn.Module
+    hidden: list[Tensor]
+    """What each call is fed, (1, tokens, width); after `advance` what it gave."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    advanced: bool = False
+
+    def matrices(self) -> list[str]:
+        """The names, within the block, of its plain weight matrices."""
+        return [name for name, module in self.module.named_modules() if is_matrix(module)]
+
+    def run(self, call: int, hidden: Tensor | None = None) -> Tensor:
+        """What the block as it is now gives for a call, or for other `hidden` states with that call's arguments."""
+        args, keywords = self.calls[call]
+        output = self.module(self.hidden[call] if hidden is None else hidden, *args, **keywords)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def advance(self) -> None:
+        """Put what the block as it is now gives in the place of what it is fed: the next block's inputs."""
+        for call in range(len(self.hidden)):
+            self.hidden[call] = self.run(call)
+        self.advanced = True
+
+    def inputs(self, names: list[str], only: Sequence[str] = (), *, advance: bool = False) -> dict[str, Inputs]:
+        """The inputs of the named matrices, in the order of their first calls; those fed the same tensors share one.
+
+        Matrices that are never called (idle experts) are left out. With `advance` the outputs are kept, too.
+        """
+        found: dict[str, Inputs] = {}
+        for call in range(len(self.hidden)):
+            with captured_inputs(self.module, names) as seen:
+                output = self.run(call)
+            if advance:
+                self.hidden[call] = output
+            known: dict[tuple[int, torch.Size], Inputs] = {}
+            for name, tensors in seen.items():
+                for tensor in (tensor for tensor in tensors if tensor.numel()):
+                    key = tensor.data_ptr(), tensor.shape
+                    own = found.setdefault(name, known.get(key) or Inputs(only=only))
+                    if known.get(key) is not own:
+                        own.add(tensor)
+                        known[key] = own
+        self.advanced = self.advanced or advance
+        return found
+
+    def groups(self, names: list[str]) -> list[list[str]]:
+        """The named matrices, those that are fed the same tensor together, in the order of their calls."""
+        once = Block(self.name, self.module, self.hidden[:1], self.calls[:1])
+        found = once.inputs(names, only=("max_abs",))
+        together: dict[int, list[str]] = {}
+        for name in (*found, *(name for name in names if name not in found)):
+            together.setdefault(id(found.get(name)), []).append(name)
+        return list(together.values())
+
+    def replace(self, name: str, layer: Callable[..., nn.Module], inputs: Inputs | None) -> None:
+        """Put `layer(matrix, inputs)` in the place of a matrix.
+
+        Raises `UnfitError` with the matrix's name where it is unfit or where its inputs are not finite.
+        """
+        if inputs is not None and not inputs.finite:
+            raise UnfitError(f"{self.name}.{name}: its calibration inputs are not all finite, so neither is the model")
+        try:
+            new = layer(as_linear(self.module.get_submodule(name)), inputs)
+        except UnfitError as reason:
+            raise UnfitError(f"{self.name}.{name}: {reason}") from reason
+        if type(new) is nn.Linear:  # a Conv1D's matrix is a transposed view: kept so, it would run differently
+            new.weight.data = new.weight.data.contiguous()  # once saved and loaded
+        replace_module(self.module, name, new)
+
+
+@torch.no_grad()
+def walk(model: nn.Module, ids: Tensor | None) -> Iterator[Block]:
+    """Each block of `model` in turn, ready to be changed in place; what was changed feeds the next.
+
+    With `ids` (samples, length) the model reads them first, so that each block's calls are known. One set of hidden
+    states is held for all blocks. A caller that has the dense blocks feed the next ones advances before it changes.
+    """
+    prefix, layers = blocks(model)
     hidden: list[Tensor] = []
-    keywords: list[list[dict]] = [[] for _ in layers]
+    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in layers]
+    if ids is not None:
+        hidden = _read(model, layers, ids.to(next(model.parameters()).device), calls)
+    for index, module in enumerate(layers):
+        block = Block(f"{prefix}.{index}", module, hidden, calls[index])
+        yield block
+        if not block.advanced:
+            block.advance()
+        calls[index].clear()
+
+
+def _read(model: nn.Module, layers: nn.ModuleList, ids: Tensor, calls: list[list]) -> list[Tensor]:
+    """What the first block is fed, one tensor a sequence; the other arguments of all blocks' calls go to `calls`."""
+    hidden: list[Tensor] = []
     handles = []
 
     def note(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -145,25 +190,22 @@ def _block_calls(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[
             first = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
                 hidden.append(first.detach())
-            keywords[index].append(kwargs)
+            calls[index].append((args[1:], kwargs))
 
         return hook
 
+    # nobody reads the logits, which a large vocabulary makes larger than all else
+    able = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": 1} if able else {}
     try:
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(note(index), with_kwargs=True))
         for sequence in ids:
-            model(input_ids=sequence[None], use_cache=False)
+            model(input_ids=sequence[None], use_cache=False, **options)
     finally:
         for handle in handles:
             handle.remove()
-    return hidden, keywords
-
-
-def _run(block: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Tensor:
-    output = block(hidden, **keywords)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    return hidden
 
 
 @torch.no_grad()
@@ -173,41 +215,22 @@ def compress_blocks(
     ids: Tensor | None,
     *,
     dense_inputs: bool = False,
+    statistics: Sequence[str] = (),
+    sequential: bool = False,
 ) -> None:
     """Replace each weight matrix of `model` by `layer(matrix, its inputs)`, block after block.
 
     With `ids` (samples, length), each block is fed by the compressed blocks before it (by the dense ones if
-    `dense_inputs`), and matrices that are fed the same tensors share one `Inputs`. Beside the model, the peak is
-    one block, its inputs and the statistics that `layer` asks for. Embeddings, norms and head are left alone.
+    `dense_inputs`), and matrices that are fed the same tensors share one `Inputs`. With `sequential`, a matrix is also
+    fed by the compressed ones before it in its own block. Beside the model, the peak is one set of hidden states and
+    one block's inputs, or only their `statistics` where those are named. Embeddings, norms and head are left alone.
     """
-    _, layers = blocks(model)
-    hidden: list[Tensor] = []
-    keywords: list[list[dict]] = [[] for _ in layers]
-    if ids is not None:
-        device = next(model.parameters()).device
-        hidden, keywords = _block_calls(model, layers, ids.to(device))
-    for index, block in enumerate(layers):
-        names = [name for name, module in block.named_modules() if is_matrix(module)]
-        outputs: list[Tensor] = []
-        with captured_inputs(block, names) as seen:
-            for call, arguments in enumerate(keywords[index]):
-                output = _run(block, hidden[call], arguments)
-                if dense_inputs:
-                    outputs.append(output)
-        shared: dict[int, Inputs] = {}
-        for name in names:
-            linear = _as_linear(block.get_submodule(name))
-            inputs = None
-            if ids is not None:
-                if not seen[name]:
-                    continue  # never called on this text (an idle expert): nothing is known about its inputs
-                inputs = shared.setdefault(seen[name][0].data_ptr(), Inputs(seen[name]))
-            new = layer(linear, inputs)
-            if type(new) is nn.Linear:  # a Conv1D's matrix is a transposed view: kept so, it would run differently
-                new.weight.data = new.weight.data.contiguous()  # once saved and loaded
-            replace_module(block, name, new)
-        seen.clear()
-        if not dense_inputs:
-            outputs = [_run(block, hidden[call], arguments) for call, arguments in enumerate(keywords[index])]
-        hidden = outputs
-        keywords[index].clear()
+    for block in walk(model, ids):
+        names = block.matrices()
+        if ids is None:
+            for name in names:
+                block.replace(name, layer, None)
+            continue
+        for together in block.groups(names) if sequential and not dense_inputs else [names]:
+            for name, inputs in block.inputs(together, statistics, advance=dense_inputs).items():
+                block.replace(name, layer, inputs)

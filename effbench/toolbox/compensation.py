@@ -1,0 +1,105 @@
+"""Quantizing a matrix column after column, each column's error made up for by those that come later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effbench.errors import UnfitError
+from effbench.toolbox.grid import decode, encode, fit_grid
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How columns are quantized (see `gptq` for the options). Source: Frantar et al. 2023, arXiv:2210.17323, section 3.
+
+    dtype: in which scales will be stored.
+    """
+
+    bits: int
+    group_size: int = 0
+    symmetric: bool = False
+    act_order: bool = False
+    static_groups: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+    dtype: torch.dtype = torch.float32
+
+    def quantize(self, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Codes (out, in) of a `weight` (out, in), scales and zero points (out, groups), and the order of the codes.
+
+        `gram` (in, in) is the sum of x x^T over the calibration inputs. The order (in,) says which input each column
+        of codes is for; it is `None` where columns stand in their own order.
+        Raises `UnfitError` where the damped Gram matrix cannot be inverted.
+        """
+        fixed = self._grids(weight) if self.group_size == 0 else None
+        columns = weight.detach().float().T.clone(memory_format=torch.contiguous_format)
+        importance = gram.diagonal()
+        columns[importance == 0] = 0  # an input that is never used: nothing is lost, and the others need not bear it
+        if self.group_size and self.static_groups:
+            fixed = self._grids(columns.T)
+        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
+        codes, grids = self._columns(columns, gram, order, fixed)
+        if order is not None and fixed is not None:  # each code finds its grid by its input's own place
+            codes, order = codes[torch.argsort(order)], None
+        scales, zeros = fixed if fixed is not None else grids
+        return codes.T.contiguous(), scales, zeros, order
+
+    def _grids(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        groups = weight.detach().unflatten(1, (-1, self.group_size or weight.shape[1]))
+        return fit_grid(groups, self.bits, symmetric=self.symmetric, dtype=self.dtype)
+
+    def _columns(
+        self, columns: Tensor, gram: Tensor, order: Tensor | None, fixed: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Codes (in, out) in the order of quantizing, and the grids that were fitted on the way if none are fixed.
+
+        `columns` (in, out) is the transposed weight, so that a column lies in one piece; it is used up.
+        """
+        places = torch.arange(len(columns), device=columns.device) if order is None else order
+        columns = columns[places]
+        factor = self._factor(gram[places][:, places])
+        codes = torch.empty_like(columns, dtype=torch.uint8)
+        width = self.group_size or len(columns)
+        fitted: list[tuple[Tensor, Tensor]] = []
+        groups = (places // width).tolist()
+        for start in range(0, len(columns), self.block_size):
+            end = min(start + self.block_size, len(columns))
+            block, inner = columns[start:end].clone(), factor[start:end, start:end]
+            errors = torch.empty_like(block)
+            for step in range(end - start):
+                place = start + step
+                if fixed is not None:
+                    scales, zeros = fixed[0][:, groups[place]], fixed[1][:, groups[place]]
+                elif place % width == 0:
+                    # as released: what this block has not yet passed on to later columns is not seen
+                    scales, zeros = fit_grid(
+                        columns[place : place + width].T, self.bits, symmetric=self.symmetric, dtype=self.dtype
+                    )
+                    fitted.append((scales, zeros))
+                found = encode(block[step].unsqueeze(-1), scales, zeros, self.bits)
+                codes[place] = found.squeeze(-1)
+                errors[step] = (block[step] - decode(found, scales, zeros).squeeze(-1)) / inner[step, step]
+                block[step + 1 :].addr_(inner[step, step + 1 :], errors[step], alpha=-1)
+            columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        if fixed is not None:
+            return codes, fixed
+        return codes, (torch.stack([s for s, _ in fitted], 1), torch.stack([z for _, z in fitted], 1))
+
+    def _factor(self, gram: Tensor) -> Tensor:
+        """The upper Cholesky factor of the damped Gram matrix's inverse, in float32."""
+        damped = gram.double()
+        diagonal = damped.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += self.damping * diagonal.mean()
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if failed:
+            raise UnfitError(
+                f"its calibration inputs do not span enough directions for damping {self.damping:g}; use more samples "
+                "or more damping"
+            )
+        return upper.float()

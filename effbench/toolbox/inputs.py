@@ -1,0 +1,90 @@
+"""What goes into a weight matrix on calibration text, and statistics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Inputs:
+    """The calibration inputs of one matrix, or of several that share them; each statistic is computed once.
+
+    Built from chunks (tokens, in); all statistics are float32 and over all tokens. With `only`, the statistics named
+    are summed up while chunks come, and the chunks are dropped: the memory does not grow with the tokens.
+    """
+
+    def __init__(self, chunks: Iterable[Tensor] = (), only: Sequence[str] = ()) -> None:
+        self.chunks: list[Tensor] = []
+        self.tokens = 0
+        """How many tokens were seen."""
+        self._only = tuple(only)
+        self._found: dict[str, Tensor] = {}
+        for chunk in chunks:
+            self.add(chunk)
+
+    def add(self, chunk: Tensor) -> None:
+        """Take in more inputs (..., in)."""
+        chunk = chunk.reshape(-1, chunk.shape[-1])
+        self.tokens += chunk.shape[0]
+        if not self._only:
+            self.chunks.append(chunk)
+            self._found.clear()
+        for name in self._only:
+            self._gather(name, chunk)
+
+    @classmethod
+    def of(cls, inputs: Inputs | Tensor | None) -> Inputs:
+        """`inputs` as given to `layer`, where a plain tensor (tokens, in) is as good.
+
+        Raises `ValueError` for `None`.
+        """
+        if inputs is None:
+            raise ValueError("this technique needs calibration inputs, got none; pass a tensor (tokens, in)")
+        return inputs if isinstance(inputs, Inputs) else cls([inputs])
+
+    @property
+    def gram(self) -> Tensor:
+        """The sum over tokens of x x^T, (in, in)."""
+        return self._statistic("gram")
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """The mean of |x| per input channel, (in,)."""
+        return self._statistic("mean_abs") / self.tokens
+
+    @property
+    def max_abs(self) -> Tensor:
+        """The largest |x| per input channel, (in,)."""
+        return self._statistic("max_abs")
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs are finite numbers, as far as what is kept of them shows."""
+        return all(bool(kept.isfinite().all()) for kept in (*self._found.values(), *self.chunks))
+
+    def rows(self, count: int) -> Tensor:
+        """`count` inputs (count, in) in float32, evenly spread over all tokens; needs the chunks."""
+        places = torch.linspace(0, self.tokens - 1, min(count, self.tokens)).round().long()
+        everything = torch.cat(self.chunks)
+        return everything[places.to(everything.device)].float()
+
+    def _statistic(self, name: str) -> Tensor:
+        if name not in self._found:
+            if self._only:
+                raise ValueError(f"only {', '.join(self._only)} of the inputs were kept; add {name} to `statistics`")
+            for chunk in self.chunks:
+                self._gather(name, chunk)
+        return self._found[name]
+
+    def _gather(self, name: str, chunk: Tensor) -> None:
+        """Add `chunk` to what is known of it: a sum, or for `max_abs` the largest."""
+        rows = chunk.float()
+        width, found = rows.shape[1], self._found
+        if name == "gram":
+            found.setdefault(name, rows.new_zeros(width, width)).addmm_(rows.T, rows)
+        elif name == "mean_abs":
+            found.setdefault(name, rows.new_zeros(width)).add_(rows.abs().sum(0))
+        elif len(rows):
+            found[name] = torch.maximum(found.get(name, rows.new_zeros(width)), rows.abs().amax(0))
