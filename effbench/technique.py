@@ -152,7 +152,7 @@ class LayerTechnique(Technique):
     dense_inputs: ClassVar[bool] = False
     """Whether a block is fed by the dense blocks before it instead of by the compressed ones."""
     statistics: ClassVar[tuple[str, ...]] = ()
-    """What `layer` reads of its inputs ("gram", "mean_abs", "max_abs"), where that is all: inputs are then not kept."""
+    """What `layer` reads of its inputs (such as "gram", see there), where that is all: inputs are then not kept."""
 
     def unfit(self, system: System) -> str | None:
         found = matrices(system.model)

@@ -212,7 +212,7 @@ def test_a_pipeline_that_does_not_fit_ends_apply_with_1(
     [
         ("run ref-1m --techniques rtm", "no technique 'rtm'; did you mean 'rtn'?"),
         ("run ref-1m --techniques magnitude:sparsty=0.5", "no option 'sparsty'; did you mean 'sparsity'?"),
-        ("run ref-1m --techniques magnitude:sparsity=3", "must be between 0 and 1, got 3"),
+        ("run ref-1m --techniques magnitude:sparsity=3", "must be strictly between 0 and 1, got 3"),
         ("run ref-1m --techniques magnitude:sparsity=few", "must be a number, got 'few'"),
         ("run ref-1m --techniques magnitude:", "is malformed near 'magnitude:'"),
         ("run ref-1m --techniques +", "is malformed"),

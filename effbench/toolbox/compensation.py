@@ -60,7 +60,7 @@ class Compensation:
         """
         places = torch.arange(len(columns), device=columns.device) if order is None else order
         columns = columns[places]
-        factor = self._factor(gram[places][:, places])
+        factor = inverse_factor(gram[places][:, places], self.damping)
         codes = torch.empty_like(columns, dtype=torch.uint8)
         width = self.group_size or len(columns)
         fitted: list[tuple[Tensor, Tensor]] = []
@@ -88,18 +88,23 @@ class Compensation:
             return codes, fixed
         return codes, (torch.stack([s for s, _ in fitted], 1), torch.stack([z for _, z in fitted], 1))
 
-    def _factor(self, gram: Tensor) -> Tensor:
-        """The upper Cholesky factor of the damped Gram matrix's inverse, in float32."""
-        damped = gram.double()
-        diagonal = damped.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal += self.damping * diagonal.mean()
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if failed:
-            raise UnfitError(
-                f"its calibration inputs do not span enough directions for damping {self.damping:g}; use more samples "
-                "or more damping"
-            )
-        return upper.float()
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor (in, in) of the inverse of a damped Gram matrix, in float32.
+
+    `damping` is the share of the mean diagonal that is added to it; an input that is never used counts as 1.
+    Raises `UnfitError` where there is no inverse.
+    """
+    damped = gram.to(torch.float64, copy=True)
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise UnfitError(
+            f"its calibration inputs do not span enough directions for damping {damping:g}; use more samples or more "
+            "damping"
+        )
+    return upper.float()

@@ -60,6 +60,11 @@ class Inputs:
         return self._statistic("max_abs")
 
     @property
+    def square_sum(self) -> Tensor:
+        """The sum over tokens of x^2 per input channel, (in,)."""
+        return self._statistic("square_sum")
+
+    @property
     def finite(self) -> bool:
         """Whether all inputs are finite numbers, as far as what is kept of them shows."""
         return all(bool(kept.isfinite().all()) for kept in (*self._found.values(), *self.chunks))
@@ -69,6 +74,14 @@ class Inputs:
         places = torch.linspace(0, self.tokens - 1, min(count, self.tokens)).round().long()
         everything = torch.cat(self.chunks)
         return everything[places.to(everything.device)].float()
+
+    def every(self, stride: int) -> Tensor:
+        """Each `stride`-th input (count, in) from the first on, in float32; needs the chunks."""
+        picked, start = [], 0
+        for chunk in self.chunks:
+            picked.append(chunk[start::stride].float())
+            start = (start - len(chunk)) % stride
+        return torch.cat(picked)
 
     def _statistic(self, name: str) -> Tensor:
         if name not in self._found:
@@ -86,5 +99,7 @@ class Inputs:
             found.setdefault(name, rows.new_zeros(width, width)).addmm_(rows.T, rows)
         elif name == "mean_abs":
             found.setdefault(name, rows.new_zeros(width)).add_(rows.abs().sum(0))
+        elif name == "square_sum":
+            found.setdefault(name, rows.new_zeros(width)).add_(rows.square().sum(0))
         elif len(rows):
             found[name] = torch.maximum(found.get(name, rows.new_zeros(width)), rows.abs().amax(0))
