@@ -18,9 +18,9 @@ from effbench.measure.memory import hidden_bytes, module_bytes, others, stored_b
 from effbench.registry import get, parse
 from effbench.toolbox import extras
 
-PACKAGES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "llm_int8": "bitsandbytes"}
+PACKAGES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "llm_int8": "bitsandbytes", "quanto": "optimum.quanto"}
 FOUR_BIT = ("nf4", "fp4")
-HOMES = ("nf4:double_quant=true", "fp4", "llm_int8")
+HOMES = ("nf4:double_quant=true", "fp4", "llm_int8", "quanto")
 
 
 @pytest.fixture(autouse=True)
@@ -109,16 +109,20 @@ def test_blocks_that_do_not_end_with_a_row_are_read_right(
         ("fp4", {"block_size": 128}, 4 + 32 / 128),
         ("nf4", {"double_quant": True}, 4 + 8 / 64 + 32 / (64 * 256)),
         ("llm_int8", {}, 8 + 32 / 1024),
+        ("quanto", {"bits": 8}, lambda d: 8 + d / 1024),
+        ("quanto", {}, lambda d: 4 + 2 * d / 128),
+        ("quanto", {"bits": 2, "group_size": 32}, lambda d: 2 + 2 * d / 32),
     ],
 )
 def test_stored_bits_meet_the_closed_form_after_a_pass_too(
-    name: str, options: dict, bits: float, dtype: torch.dtype
+    name: str, options: dict, bits: Any, dtype: torch.dtype
 ) -> None:
     linear = nn.Linear(1024, 512, dtype=dtype).requires_grad_(False)
     packed = layer(name, linear, **options)
+    expected = bits(8 * dtype.itemsize) if callable(bits) else bits
     for rows in (1, 100):
         assert packed(torch.randn(rows, 1024, dtype=dtype)).dtype == dtype
-        assert module_bytes(packed) * 8 / linear.weight.numel() == pytest.approx(bits, rel=1e-3)
+        assert module_bytes(packed) * 8 / linear.weight.numel() == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", FOUR_BIT)
@@ -166,7 +170,9 @@ def test_where_there_is_a_kernel_a_few_rows_go_through_it(name: str, monkeypatch
     assert (by_kernel - unpacked).norm() < 0.01 * unpacked.norm()
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4:double_quant=true", "fp4", "llm_int8"])
+@pytest.mark.parametrize(
+    "name", ["nf4", "nf4:double_quant=true", "fp4", "llm_int8", "quanto:bits=8", "quanto", "quanto:bits=2"]
+)
 def test_every_architecture_is_taken_home(name: str, architecture: str, tmp_path: Path) -> None:
     system = random_system(architecture)
     dense = stored_bytes(system)
@@ -193,7 +199,7 @@ def test_a_new_process_finds_the_same_logits_and_says_nothing(tmp_path: Path) ->
         assert torch.equal(logits(system), theirs)
 
 
-@pytest.mark.parametrize("name", ["nf4", "llm_int8"])
+@pytest.mark.parametrize("name", ["nf4", "llm_int8", "quanto"])
 def test_nothing_is_kept_beside_the_buffers(name: str) -> None:
     system = random_system("llama")
     known = others(system)
@@ -208,9 +214,10 @@ def test_without_the_library_it_is_unfit_with_the_words_that_install_it(
 ) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda package: None)
     reason = get(name)().unfit(random_system("llama")) or ""
-    assert PACKAGES[name] in reason and f"pip install 'effbench[{PACKAGES[name]}]'" in reason
+    extra = PACKAGES[name].removeprefix("optimum.")
+    assert f"{PACKAGES[name]} is not installed; pip install 'effbench[{extra}]'" in reason
     with pytest.raises(PackageError, match="not installed"):
-        extras.require(PACKAGES[name], PACKAGES[name])
+        extras.require(PACKAGES[name], extra)
 
 
 def test_asking_about_techniques_imports_no_library() -> None:
@@ -300,7 +307,63 @@ def test_weights_that_cannot_be_stored_are_named(name: str) -> None:
         assert "odd number" in unfit(name, nn.Linear(3, 5))
 
 
-@pytest.mark.parametrize("wrong", ["nf4:block_size=48", "fp4:block_size=0", "llm_int8:threshold=-1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("shape", [(64, 256), (48, 192), (33, 640), (8, 100), (8, 200), (1, 256)], ids=str)
+def test_quanto_has_the_numbers_of_the_librarys_own_layer(
+    bits: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    linear = nn.Linear(shape[1], shape[0], dtype=dtype).requires_grad_(False)
+    packed = layer("quanto", linear, bits=bits)
+    kind = {8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[bits]
+    theirs = quanto.nn.QLinear.from_module(linear, weights=kind)
+    width = theirs.weight_group_size
+    grid = theirs.optimizer(linear.weight, kind, 0, *([width] if bits < 8 else []))
+    scales, shifts = grid if bits < 8 else (grid, None)
+    # the form for any machine; the other one cannot hold these shapes
+    theirs = quanto.quantize_weight(linear.weight, kind, 0, scales, shifts, width, optimized=False)
+    if bits == 8:
+        expected = theirs._scale * theirs._data
+    else:
+        # by its own unpacking it would compile C++
+        codes = torch.cat([theirs._data._data >> shift & (2**bits - 1) for shift in range(0, 8, bits)])
+        codes = codes[: theirs._data.shape[0]]
+        expected = (theirs._scale * codes - theirs._shift).view(shape)
+        assert packed.options["group_size"] == (width or 0)
+    assert torch.equal(packed.dequantized(dtype), expected)
+    assert (expected.float() - linear.weight).norm() < {8: 0.01, 4: 0.2, 2: 0.8}[bits] * linear.weight.float().norm()
+    for rows in (1, 3, 100):
+        x = torch.randn(rows, shape[1], dtype=dtype)
+        plain = nn.functional.linear(x, expected, linear.bias).float()
+        assert (packed(x).float() - plain).norm() < 0.01 * plain.norm()
+
+
+def test_quanto_neither_compiles_nor_waits_for_a_lock_that_was_left_behind(tmp_path: Path) -> None:
+    """A lock in its folder stops its own unpacking for ever; so would a compiler that is not there."""
+    quanto = pytest.importorskip("optimum.quanto")
+    build = Path(quanto.__file__).parent / "library" / "extensions" / "cpp" / "build"
+    there = build.exists()
+    run = (
+        "import torch; from conftest import applied, logits, random_system; "
+        "import torch.utils.cpp_extension as compiler; compiler.load = None; "
+        "[logits(applied(random_system('llama'), f'quanto:bits={bits}')) for bits in (8, 4, 2)]"
+    )
+    lock = build / "lock"
+    try:
+        build.mkdir(exist_ok=True)
+        lock.touch()
+        subprocess.run([sys.executable, "-c", run], cwd=Path(__file__).parent, check=True, timeout=120)
+        assert sorted(path.name for path in build.iterdir()) == ["lock"] or there
+    finally:
+        lock.unlink()
+        if not there:
+            build.rmdir()
+
+
+@pytest.mark.parametrize(
+    "wrong", ["quanto:bits=3", "quanto:group_size=-1", "nf4:block_size=48", "fp4:block_size=0", "llm_int8:threshold=-1"]
+)
 def test_an_option_out_of_range_is_named_with_what_was_got(wrong: str) -> None:
     option, _, value = wrong.partition(":")[2].partition("=")
     with pytest.raises(TechniqueError, match=f"{option} must .*got {value}"):
