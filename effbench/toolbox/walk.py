@@ -16,6 +16,10 @@ from effbench.errors import UnfitError
 from effbench.toolbox.inputs import Inputs
 
 
+TOKENS_AT_ONCE = 2048
+"""Sequences are read together up to so many tokens; one that is longer is read alone."""
+
+
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's blocks and their name in the model.
 
@@ -86,12 +90,12 @@ def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, li
 
 @dataclass
 class Block:
-    """One of a model's blocks with all that it is called with, one call for each calibration sequence."""
+    """One of a model's blocks with all that it is called with, in calls of one or several calibration sequences."""
 
     name: str
     module: nn.Module
     hidden: list[Tensor]
-    """What each call is fed, (1, tokens, width); after `advance` what it gave."""
+    """What each call is fed, (sequences, tokens, width); after `advance` what it gave."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     advanced: bool = False
 
@@ -180,7 +184,7 @@ def walk(model: nn.Module, ids: Tensor | None) -> Iterator[Block]:
 
 
 def _read(model: nn.Module, layers: nn.ModuleList, ids: Tensor, calls: list[list]) -> list[Tensor]:
-    """What the first block is fed, one tensor a sequence; the other arguments of all blocks' calls go to `calls`."""
+    """What the first block is fed, one tensor a call; the other arguments of all blocks' calls go to `calls`."""
     hidden: list[Tensor] = []
     handles = []
 
@@ -200,8 +204,8 @@ def _read(model: nn.Module, layers: nn.ModuleList, ids: Tensor, calls: list[list
     try:
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(note(index), with_kwargs=True))
-        for sequence in ids:
-            model(input_ids=sequence[None], use_cache=False, **options)
+        for some in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
+            model(input_ids=some, use_cache=False, **options)
     finally:
         for handle in handles:
             handle.remove()
