@@ -7,12 +7,11 @@ low-rank techniques that look at activations.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import within
-from effbench.toolbox.low_rank import LowRankLinear, rank_for
+from effbench.toolbox.low_rank import Directions, rank_for, too_thin
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,7 @@ class PlainSVD(LayerTechnique):
         within("keep", self.keep, 0, 1)
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
-        rows, columns = linear.weight.shape
-        if rank_for(rows, columns, self.keep) < 1:
-            return f"keep={self.keep:g} of its {rows} x {columns} parameters is less than one rank"
-        return None
+        return too_thin(linear, self.keep)
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
-        weight = linear.weight.detach()
-        rank = rank_for(*weight.shape, self.keep)
-        left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
-        root = values[:rank].sqrt()  # half of each value to either side: both factors are then alike in size
-        second, first = left[:, :rank] * root, root[:, None] * right[:rank]
-        return LowRankLinear.of(first.to(weight.dtype), second.to(weight.dtype), linear.bias)
+        return Directions.of(linear.weight.detach().float()).factors(linear, rank_for(*linear.weight.shape, self.keep))
