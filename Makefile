@@ -1,13 +1,14 @@
 # make run    the main job: the default suite on the embedded model, offline, a table at the end
 # make test   everything CI checks: lint, types, tests, generated text
 # make results   measure the committed leaderboard anew, and the tables made of it
+# make evidence  measure what is missing of the reference family's tables of claims
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit docs bench results clean
+.PHONY: run test lint types unit docs bench results evidence clean
 
 run: $(VENV)/.core
 	$(BIN)/effbench run
@@ -34,6 +35,9 @@ results: $(VENV)/.core
 	rm -rf results/reference/records
 	$(BIN)/effbench run --out results/reference
 	$(BIN)/python -m effbench.report.docs
+
+evidence: $(VENV)/.core
+	$(BIN)/python -m effbench.evidence
 
 clean:
 	rm -rf $(VENV) runs

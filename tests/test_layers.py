@@ -8,7 +8,7 @@ LAYERS = [
     {"errors", "columns"},
     {"technique", "toolbox"},
     {"registry", "models", "store", "suite", "data", "reference", "measure", "results"},
-    {"worker", "jobs", "schedule", "harness", "report", "compare", "contract"},
+    {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "evidence"},
     {"cli", "options"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from effbench import registry, results
 from effbench.columns import COLUMNS
+from effbench.evidence.page import page
 from effbench.measure.derived import rows
 from effbench.report.markdown import markdown
 from effbench.report.table import VIEWS
@@ -35,6 +36,8 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
         if (suite.parent / "records").is_dir():
             records, _ = results.load_all(suite.parent)
             texts[suite.parent / "README.md"] = f"# {suite.parent.name}\n\n{markdown(rows(records))}"
+    shown = root / "results" / "reference" / "evidence"
+    texts[shown / "README.md"] = page(shown)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, content in blocks(root).items():

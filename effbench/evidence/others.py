@@ -1,0 +1,92 @@
+"""Cache eviction, a draft and a teacher: what becomes of text, of lookups and of a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effbench.evidence.rows import Rows
+from effbench.evidence.table import NOT_YET, Line, Table, errors_from, number
+from effbench.measure.derived import accuracy_differences
+
+EVICTED, TASK = "sink_window:window=124", "ref_retrieval"
+FALL, STILL = 0.20, 0.02
+"""Retrieval falls by so much, nats of noise and of template move by less than that."""
+
+ONE_AHEAD, DRAFTS = "draft:model=ref-70k,ahead=1", ("draft:model=ref-70k,ahead=1", "draft:model=ref-70k")
+ACCEPTED = 0.75
+
+SMALL_TEXT = "tokens=32768"
+STUDENTS = (("distill:alpha=1," + SMALL_TEXT, "distill:alpha=0," + SMALL_TEXT),)
+APART = 5.0
+
+
+def eviction(folder: Path) -> Table:
+    """What a cache of a quarter of the context costs."""
+    lines = []
+    for name in ("ref-1m", "ref-3m"):
+        rows = Rows.of(folder, name)
+        dense, evicted = rows.get("dense"), rows.get(EVICTED)
+        kinds = [rows.above(EVICTED, kind=kind) for kind in ("template", "noise", "context")]
+        if dense is None or evicted is None or None in kinds:
+            lines.append(Line([name, *[NOT_YET] * 6]))
+            continue
+        fall, error = accuracy_differences(evicted, dense)[f"accuracy/{TASK}"]
+        shares = [number(row.values[f"accuracy/{TASK}"], 3) for row in (dense, evicted)]
+        moved = [number(found[0], 4, found[1], True) for found in kinds if found]
+        still = all(abs(found[0]) < STILL for found in kinds[:2] if found)
+        lines.append(Line([name, *shares, number(fall, 3, error, True), *moved], fall <= -FALL and still))
+    return Table(
+        "Cache eviction",
+        f"A cache of 128 of 512 tokens (`{EVICTED}` and 4 sinks) costs retrieval at least {100 * FALL:.0f} points, "
+        f"while the nats of template and of noise move by less than {STILL}: perplexity hardly shows it.",
+        ("model", "retrieval, dense", "evicted", "difference", "Δnats template", "noise", "context"),
+        lines,
+        after=("256 items over lists of 64 to 410 tokens, asked through the cache; ± one standard error, paired",),
+    )
+
+
+def draft(folder: Path) -> Table:
+    """How often ref-3m accepts what ref-70k proposes."""
+    rows, lines = Rows.of(folder, "draft"), []
+    for pipeline in DRAFTS:
+        row, claims = rows.get(pipeline), pipeline == ONE_AHEAD
+        if row is None:
+            lines.append(Line([f"`{pipeline}`", NOT_YET, NOT_YET], claims=claims))
+            continue
+        rate = row.values["acceptance_rate"]
+        cells = [f"`{pipeline}`", number(rate, 3), number(row.values["tokens_per_pass"], 2)]
+        lines.append(Line(cells, rate is not None and rate > ACCEPTED, claims))
+    return Table(
+        "Draft",
+        f"ref-3m, decoding greedily, accepts more than {ACCEPTED} of the tokens that ref-70k proposes after accepted "
+        "text.",
+        ("pipeline", "accepted", "tokens a pass"),
+        lines,
+        after=(
+            "32 prompts of 128 tokens, 96 new ones each; the claim is about `ahead=1`, where every proposal follows "
+            "accepted text (the acceptance rate of Leviathan et al., arXiv:2211.17192): further ahead a proposal also "
+            "falls with the one before it",
+        ),
+    )
+
+
+def distillation(folder: Path) -> Table:
+    """A teacher against the text alone, on the same tokens and steps."""
+    rows, lines = Rows.of(folder, "ref-3m"), []
+    for taught, alone in STUDENTS:
+        step = rows.above(taught, alone)
+        figures = [rows.above(pipeline) for pipeline in (taught, alone)]
+        cells = [f"`{taught}`", *(number(found[0], 4, found[1], True) if found else NOT_YET for found in figures)]
+        if step is None:
+            lines.append(Line([*cells, NOT_YET, NOT_YET]))
+            continue
+        z = errors_from(*step)
+        lines.append(Line([*cells, number(step[0], 4, step[1], True), f"{z:.1f}"], z <= -APART))
+    return Table(
+        "Distillation",
+        "A student of half of ref-3m's blocks that reads a small text several times learns more from its teacher's "
+        f"distribution than from the text alone, by at least {APART:.0f} paired standard errors.",
+        ("student", "Δnats, taught", "Δnats, text alone", "difference", "z"),
+        lines,
+        after=("text alone: the same tokens in the same order and the same steps, with alpha=0",),
+    )

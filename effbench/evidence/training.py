@@ -1,0 +1,188 @@
+"""How the family was trained: sizes, seeds, losses, and the power law that they follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effbench import reference
+from effbench.evidence.rows import Rows
+from effbench.evidence.table import NOT_YET, Line, Table, errors_from, number
+from effbench.measure.statistics import mean_and_stderr
+
+SIZES = 6
+LEAST, MOST, ABOVE_CHANCE = 0.55, 0.97, 10.0
+"""Of a task: neither out of reach nor done, and so many standard errors above guessing."""
+APART = 5.0
+"""Paired standard errors between neighbouring sizes."""
+RESIDUAL = 0.005
+"""Nats that a size may lie off the fitted law."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training record: what `effbench.reference.train` wrote beside its checkpoint."""
+
+    size: str
+    seed: int
+    tokens: int
+    seconds: float
+    device: str
+    nats: float
+    nats_by_kind: dict[str, float]
+    accuracy: dict[str, float]
+    nats_by_row: list[float] = field(default_factory=list)
+    parameters: int = 0
+
+
+def runs(folder: Path) -> list[Run]:
+    """All training records, smallest size first: of the shipped checkpoints, and those in `folder`/training."""
+    from effbench.reference.train import SIZES as shapes  # needs torch, which nothing else here does
+
+    paths = [
+        *sorted((folder / "training").glob("*.json")),
+        *(reference.folder(n) / "training.json" for n in reference.NAMES),
+    ]
+    found = {}
+    for path in paths:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key in Run.__dataclass_fields__}
+        run = Run(**{**content, "parameters": block_parameters(shapes[content["size"]])})
+        found[run.size, run.seed] = run
+    return sorted(found.values(), key=lambda run: (run.parameters, run.seed))
+
+
+def block_parameters(shape: Any) -> int:
+    """Parameters of all blocks: two query heads share a key head, the feed-forward part is gated, two norms."""
+    width = shape.width
+    return int(shape.layers * (3 * width**2 + 3 * width * shape.feedforward + 2 * width))
+
+
+def tables(folder: Path) -> list[Table]:
+    """All about training."""
+    found = runs(folder)
+    return [losses(found), _accuracies(found), _tasks(folder), scaling(found)]
+
+
+def losses(found: Sequence[Run]) -> Table:
+    kinds = list(found[0].nats_by_kind)
+    lines = []
+    smaller: Run | None = None
+    for run in found:
+        cells = [
+            f"{run.size}, seed {run.seed}", f"{run.parameters:,}", f"{run.tokens / 1e6:.1f}", f"{run.seconds / 60:.0f}",
+            number(run.nats, 4), *(number(run.nats_by_kind[kind], 4) for kind in kinds),
+        ]  # fmt: skip
+        if run.seed == 0:
+            step = _step(smaller, run) if smaller else None
+            if step:
+                z = errors_from(*step)
+                lines.append(Line([*cells, number(step[0], 4, step[1], True), f"{z:.1f}"], z <= -APART))
+            else:
+                lines.append(Line([*cells, NOT_YET, NOT_YET], claims=smaller is not None))
+            smaller = run
+        else:
+            lines.append(Line([*cells, "", ""], claims=False))
+    devices = ", ".join(sorted({run.device for run in found}))
+    return Table(
+        "Sizes and losses",
+        f"Loss falls strictly with size, and neighbours (of seed 0) lie at least {APART:.0f} paired standard errors "
+        "apart.",
+        ("trained", "parameters", "tokens (M)", "minutes", "nats", *kinds, "to the smaller", "z"),
+        lines,
+        after=(
+            f"held-out nats per token after training, in all and by kind of token; parameters are those of the blocks; "
+            f"trained on: {devices}",
+        ),
+    )
+
+
+def _step(smaller: Run, larger: Run) -> tuple[float, float] | None:
+    """Nats of the larger above the smaller, paired over the rows of held-out text, which have one length."""
+    if not smaller.nats_by_row or len(smaller.nats_by_row) != len(larger.nats_by_row):
+        return None
+    pairs = zip(larger.nats_by_row, smaller.nats_by_row, strict=True)
+    return mean_and_stderr([mine - theirs for mine, theirs in pairs])
+
+
+def _accuracies(found: Sequence[Run]) -> Table:
+    tasks = list(found[0].accuracy)
+    lines = [
+        Line([f"{run.size}, seed {run.seed}", *(number(run.accuracy[task], 3) for task in tasks)], claims=False)
+        for run in found
+    ]
+    return Table(
+        "Accuracy after training",
+        "Tasks grow with size, each at its own pace.",
+        ("trained", *(task.replace("_", " ") for task in tasks)),
+        lines,
+        after=("1,000 items a task, asked by the trainer itself; a standard error is at most 0.016",),
+    )
+
+
+def _tasks(folder: Path) -> Table:
+    lines = []
+    for name in ("ref-1m", "ref-3m"):
+        dense = Rows.of(folder, f"{name}-tasks").get("dense")
+        if dense is None:
+            lines.append(Line([name, *[NOT_YET] * 4]))
+            continue
+        for sample, items in dense.samples.items():
+            task = sample.partition("correct/")[2]
+            if task:
+                share, error = mean_and_stderr(items)
+                chance = dense.values[f"accuracy_chance/{task}"] or 0.0
+                z = errors_from(share - chance, error)
+                cells = [name, task, number(share, 3, error), number(chance, 3), f"{z:.0f}"]
+                lines.append(Line(cells, LEAST <= share <= MOST and z >= ABOVE_CHANCE))
+    return Table(
+        "Tasks",
+        f"Each task is answered right between {LEAST} and {MOST} of the time, and at least {ABOVE_CHANCE:.0f} standard "
+        "errors above guessing.",
+        ("model", "task", "accuracy", "guessing", "standard errors above"),
+        lines,
+        after=("the shipped checkpoints in bfloat16, 1,000 items a task",),
+    )
+
+
+def law(parameters: Sequence[float], nats: Sequence[float]) -> tuple[float, float, float]:
+    """E, A, alpha of nats = E + A * (parameters / the smallest)^-alpha, by least squares."""
+    from scipy.optimize import curve_fit
+
+    scaled = np.asarray(parameters, float) / min(parameters)
+
+    def loss(size: np.ndarray, offset: float, height: float, alpha: float) -> np.ndarray:
+        return offset + height * size**-alpha
+
+    least, most = min(nats), max(nats)
+    start = (least - 0.1 * (most - least), 1.1 * (most - least), 0.5)
+    fitted, _ = curve_fit(loss, scaled, np.asarray(nats, float), p0=start, maxfev=100_000)
+    return float(fitted[0]), float(fitted[1]), float(fitted[2])
+
+
+def scaling(found: Sequence[Run]) -> Table:
+    sizes = list(dict.fromkeys((run.size, run.parameters) for run in found))
+    nats = [[run.nats for run in found if run.size == size] for size, _ in sizes]
+    means = [sum(some) / len(some) for some in nats]
+    heads = ("size", "parameters", "seeds", "nats", "spread of seeds", "fitted", "residual")
+    says = f"One power law with an offset fits the losses of {SIZES} sizes within {RESIDUAL} nats."
+    columns = [
+        [size, f"{count:,}", str(len(some)), number(mean, 4), number(max(some) - min(some), 4) if some[1:] else NOT_YET]
+        for (size, count), some, mean in zip(sizes, nats, means, strict=True)
+    ]
+    if len(sizes) < SIZES:
+        return Table("Scaling law", says, heads, [Line([*cells, NOT_YET, NOT_YET]) for cells in columns])
+    counts = [count for _, count in sizes]
+    offset, height, alpha = law(counts, means)
+    lines = []
+    for cells, count, mean in zip(columns, counts, means, strict=True):
+        fitted = offset + height * (count / counts[0]) ** -alpha
+        residual = mean - fitted
+        lines.append(Line([*cells, number(fitted, 4), number(residual, 4, signed=True)], abs(residual) < RESIDUAL))
+    formula = f"L(N) = {offset:.3f} + {height:.3f} (N / {counts[0]:,})^-{alpha:.3f}, N the parameters of the blocks"
+    return Table("Scaling law", says, heads, lines, after=(f"{formula}; three figures fitted to {len(sizes)} losses",))
