@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from synthetic_records import TOKENS, WINDOWS, record
+from synthetic_records import TOKENS, WINDOWS, ended, record
 
 from effbench import reference, registry, results, suite
 from effbench.evidence import FOLDER, facts, measure, orderings, others, training
@@ -79,6 +79,7 @@ def folder_of(folder: Path, name: str, *rows: Record) -> Path:
 def test_an_ordering_holds_by_errors_and_by_its_factor(tmp_path: Path) -> None:
     rows = [record("dense"), record("rtn:bits=4", nats=0.02), record("rtn:bits=3", nats=0.08)]
     rows += [record("bitnet", nats=0.5), record("bitnet:steps=0", nats=4.0), record("gptq:bits=3", nats=0.081)]
+    rows += [ended("sparsegpt", "failed", "applying failed"), record("magnitude:sparsity=0.5", nats=0.1)]
     held = {
         tuple(line.cells[index].strip("`") for index in (0, 1, 3)): line.holds
         for line in orderings.table(folder_of(tmp_path, "ref-1m", *rows)).lines
@@ -86,6 +87,7 @@ def test_an_ordering_holds_by_errors_and_by_its_factor(tmp_path: Path) -> None:
     assert held["ref-1m", "rtn:bits=4", "rtn:bits=3"] is True
     assert held["ref-1m", "gptq:bits=3", "rtn:bits=3"] is False, "it adds more"
     assert held["ref-1m", "bitnet", "bitnet:steps=0"] is False, "8 times, where 10 are asked for"
+    assert held["ref-1m", "sparsegpt", "magnitude:sparsity=0.5"] is False, "one of them has failed"
     assert held["ref-1m", "rtn:bits=3", "rtn:bits=2"] is None
     assert held["ref-3m", "rtn:bits=4", "rtn:bits=3"] is None
 

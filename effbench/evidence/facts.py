@@ -46,8 +46,9 @@ def falling(folder: Path) -> Table:
             interval = f"{number(ratio, 2)} [{number(low, 2)}–{number(high, 2)}]"
             lines.append(Line([name, f"`{pipeline}`", *figures, interval, "x" if verdicts[-1] else ""], claims=False))
         enough = sum(verdicts) >= TECHNIQUES
-        said = f"{sum(verdicts)} of {len(verdicts)}"
-        holds = enough if enough or len(verdicts) == len(DAMAGED) else None
+        said = f"{sum(verdicts)} of {len(verdicts)}" if verdicts else NOT_YET
+        over = len(verdicts) + len(rows.ended.intersection(DAMAGED)) == len(DAMAGED)
+        holds = enough if enough or over else None
         lines.append(Line([name, "together", "", "", "", said], holds))
     return Table(
         "Rare facts fall first",

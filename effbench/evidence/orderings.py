@@ -63,7 +63,10 @@ def _line(rows: Rows, better: str, worse: str, factor: float) -> Line:
     asked = f"{factor:g}x" if factor > 1 else ""
     if one is None or two is None or step is None:
         figures = [number(*_figure(found)) if found else NOT_YET for found in (one, two)]
-        return Line([names[0], names[1], figures[0], names[2], figures[1], NOT_YET, NOT_YET, NOT_YET, asked])
+        return Line(
+            [names[0], names[1], figures[0], names[2], figures[1], NOT_YET, NOT_YET, NOT_YET, asked],
+            rows.without("dense", better, worse),
+        )
     z, times = errors_from(*step), two[0] / one[0] if one[0] > 0 else float("inf")
     cells = [
         names[0], names[1], number(*_figure(one)), names[2], number(*_figure(two)), number(*_figure(step)),

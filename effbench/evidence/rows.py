@@ -13,10 +13,11 @@ from effbench.results import Record
 
 @dataclass(frozen=True)
 class Rows:
-    """The finished rows of one suite; none where it is not measured yet."""
+    """The rows of one suite, none where it is not measured yet; `ended` are those that came to no figures."""
 
     name: str
     records: dict[str, Record]
+    ended: frozenset[str]
 
     @classmethod
     def of(cls, folder: Path, name: str) -> Rows:
@@ -25,11 +26,17 @@ class Rows:
             found = results.load_all(folder / name)[0]
         except RecordError:
             found = []
-        return cls(name, {record.pipeline: record for record in found if record.status == "ok"})
+        fine = {record.pipeline: record for record in found if record.status == "ok"}
+        ended = frozenset(record.pipeline for record in found if record.status not in ("ok", "running"))
+        return cls(name, fine, ended)
 
     def get(self, pipeline: str) -> Record | None:
         """The row of this pipeline."""
         return self.records.get(pipeline)
+
+    def without(self, *pipelines: str) -> bool | None:
+        """What holds of rows some of which have no figures: nothing yet, or not at all where one has ended so."""
+        return False if self.ended.intersection(pipelines) else None
 
     def above(self, pipeline: str, other: str = "dense", kind: str = "") -> tuple[float, float] | None:
         """Nats per token of one row above another and the paired standard error; of one kind of token, if given."""
