@@ -11,6 +11,7 @@ from safetensors import safe_open
 from synthetic_records import TOKENS, WINDOWS, ended, record
 
 from effbench import reference, registry, results, suite
+from effbench.errors import RecordError
 from effbench.evidence import FOLDER, facts, measure, orderings, others, training
 from effbench.evidence.page import page, tables
 from effbench.evidence.rows import Rows
@@ -67,6 +68,13 @@ def test_a_power_law_is_found_again_and_a_size_off_it_is_named() -> None:
     found[2] = replace(found[2], nats=found[2].nats + 0.02)
     assert not all(line.holds for line in training.scaling(found).lines)
     assert training.scaling(found[:5]).claims == [None] * 5
+
+
+def test_accuracy_stands_beside_its_error_and_what_guessing_gives(tmp_path: Path) -> None:
+    dense = record("dense")
+    dense.put("accuracy_chance/ref_copying", 0.125)
+    folder = folder_of(tmp_path, "ref-1m-tasks", dense)
+    assert [line.cells[1] for line in training.accuracies([run("1m", 1.3)], folder).lines] == ["0.800 ±0.013", "0.125"]
 
 
 def folder_of(folder: Path, name: str, *rows: Record) -> Path:
@@ -199,6 +207,11 @@ def test_rows_are_made_small_without_changing_what_tables_show(tmp_path: Path) -
     assert again[1].samples["correct/ref_retrieval"] == row.samples["correct/ref_retrieval"]
     assert "prefill_seconds" not in again[1].values and again[1].values["stored_bytes"] == row.values["stored_bytes"]
     assert measure.save_small(again[1], tmp_path).read_text() == paths[1].read_text()
+
+
+def test_a_folder_without_suites_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="no folder with a suite.toml"):
+        measure.measure(tmp_path)
 
 
 def test_what_answers_the_question_is_kept_and_the_rest_is_measured_anew(tmp_path: Path) -> None:

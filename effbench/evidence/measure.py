@@ -9,6 +9,7 @@ from pathlib import Path
 
 from effbench import harness, results, suite
 from effbench.columns import column
+from effbench.errors import RecordError
 from effbench.results import Record
 from effbench.schedule import Progress
 
@@ -19,9 +20,12 @@ SHARE = 1e-3
 def measure(folder: Path, progress: Progress | None = None) -> None:
     """Every suite of the folder. Rows stay that answer the same question by the same code, weights and text.
 
-    Raises what `effbench.harness.run` raises.
+    Raises `RecordError` where there are no suites, and what `effbench.harness.run` raises.
     """
-    for path in sorted(folder.glob("*/suite.toml")):
+    suites = sorted(folder.glob("*/suite.toml"))
+    if not suites:
+        raise RecordError(f"{folder} holds no folder with a suite.toml; give one that does")
+    for path in suites:
         asked = harness.resolve(suite.load(str(path)))
         inputs = results.inputs(asked.model, asked.text, asked.calibration)
         for old in (path.parent / "records").glob("*.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from effbench.measure.statistics import mean_and_stderr
 SIZES = 6
 LEAST, MOST, ABOVE_CHANCE = 0.55, 0.97, 10.0
 """Of a task: neither out of reach nor done, and so many standard errors above guessing."""
+ITEMS = 1000
+"""Items of each task that the trainer asks."""
 APART = 5.0
 """Paired standard errors between neighbouring sizes."""
 RESIDUAL = 0.005
@@ -66,7 +69,7 @@ def block_parameters(shape: Any) -> int:
 def tables(folder: Path) -> list[Table]:
     """All about training."""
     found = runs(folder)
-    return [losses(found), _accuracies(found), _tasks(folder), scaling(found)]
+    return [losses(found), accuracies(found, folder), _tasks(folder), scaling(found)]
 
 
 def losses(found: Sequence[Run]) -> Table:
@@ -110,19 +113,26 @@ def _step(smaller: Run, larger: Run) -> tuple[float, float] | None:
     return mean_and_stderr([mine - theirs for mine, theirs in pairs])
 
 
-def _accuracies(found: Sequence[Run]) -> Table:
+def accuracies(found: Sequence[Run], folder: Path) -> Table:
+    """Every task for every training record, and what guessing gives."""
     tasks = list(found[0].accuracy)
     lines = [
-        Line([f"{run.size}, seed {run.seed}", *(number(run.accuracy[task], 3) for task in tasks)], claims=False)
+        Line([f"{run.size}, seed {run.seed}", *(_share(run.accuracy[task]) for task in tasks)], claims=False)
         for run in found
     ]
+    dense = Rows.of(folder, "ref-1m-tasks").get("dense")
+    chances = [number(dense.values[f"accuracy_chance/ref_{task}"], 3) if dense else NOT_YET for task in tasks]
     return Table(
         "Accuracy after training",
-        "Tasks grow with size, each at its own pace.",
+        "Which tasks a size has learned, asked by the trainer itself.",
         ("trained", *(task.replace("_", " ") for task in tasks)),
-        lines,
-        after=("1,000 items a task, asked by the trainer itself; a standard error is at most 0.016",),
+        [*lines, Line(["guessing", *chances], claims=False)],
+        after=(f"{ITEMS:,} items a task, ± one standard error",),
     )
+
+
+def _share(right: float) -> str:
+    return number(right, 3, math.sqrt(right * (1 - right) / ITEMS))
 
 
 def _tasks(folder: Path) -> Table:
