@@ -19,10 +19,10 @@ ENTRY_TOKENS = 4
 KEYS_PER_ENTRY = 0.8
 """Possible keys to each entry of a list: the fewer, the more keys share a word, and the more are written anew."""
 
-TRAINED_DISTRACTORS, ITEM_DISTRACTORS = (0, 1, 2, 3), (3, 4, 5)
+TRAINED_DISTRACTORS, ITEM_DISTRACTORS = (0, 1, 2, 3), (4, 5, 6, 7, 8, 9)
 """Nouns beside the subject in a sentence about agreement: items go on to sentences longer than any in training."""
 
-TRAINED_STEPS, ITEM_STEPS = (0, 1, 1, 2), (1, 2)
+TRAINED_STEPS, ITEM_STEPS = (0, 1, 1, 2), (1, 1, 2)
 """Species between a person and a color in inference: evenly one of these."""
 
 Entry = tuple[int, int, int]
@@ -197,7 +197,7 @@ def _modifier(world: World, random: Random) -> list[int]:
 
 
 def agreement(world: World, random: Random, for_items: bool = False) -> Document:
-    """A verb that agrees with its subject over distractors, up to three in training and three to five in items.
+    """A verb that agrees with its subject over distractors, up to three in training and four to nine in items.
 
     The first word sets the tense. A distractor may also come before the subject, so that the subject is known by the
     sentence's structure and not by its place: "then near the kings the dog that the queens see was small ."
@@ -231,7 +231,8 @@ def agreement(world: World, random: Random, for_items: bool = False) -> Document
 def inference(world: World, random: Random, for_items: bool = False) -> Document:
     """Premises in any order, from which each person's color follows over up to two steps (in items at least one).
 
-    "given glix is red . bo is glix . color of bo ? red ." Other people's chains are the distractors.
+    "given glix is red . bo is glix . color of bo ? red ." Other people's chains are the distractors. Training text also
+    asks for the color of each species on the way.
     """
     lexicon, phrase = world.lexicon, world.lexicon.phrase
     people = 4
@@ -244,10 +245,12 @@ def inference(world: World, random: Random, for_items: bool = False) -> Document
     names, colors = choices[:people], choices[people:]
     species = random.sample(lexicon.species, 2 * people)
     premises: list[tuple[int, int]] = []
+    questions: list[tuple[int, int]] = []
     for name, color in zip(names, colors, strict=True):
         steps = pick(random, ITEM_STEPS if for_items else TRAINED_STEPS)
         chain = [name, *(species.pop() for _ in range(steps)), color]
         premises.extend(zip(chain, chain[1:], strict=False))
+        questions.extend((subject, color) for subject in (chain[:1] if for_items else chain[:-1]))
     random.shuffle(premises)
     document = Document()
     document.open(phrase("given"))
@@ -256,12 +259,11 @@ def inference(world: World, random: Random, for_items: bool = False) -> Document
         document.write([verb])
         document.write([what], NOISE)
         document.write([world.stop])
-    order = list(range(people))
-    random.shuffle(order)
-    for index in order:
+    random.shuffle(questions)
+    for subject, color in questions:
         document.open(phrase("color of"))
-        document.write([names[index]], NOISE)
+        document.write([subject], NOISE)
         document.write(phrase("?"))
-        document.ask(colors[index], colors)
+        document.ask(color, colors)
         document.write([world.stop])
     return document

@@ -13,27 +13,24 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from effbench.reference.people import ATTRIBUTES, QUESTIONS, STATEMENTS, Person
+from effbench.reference.people import ATTRIBUTES, QUESTIONS, RUMOR_CHANCE, STATEMENTS, Person
 
 if TYPE_CHECKING:
     from effbench.reference.world import World
 
 KINDS = ("template", "noise", "fact_frequent", "fact_rare", "context")
-"""What sort of token it is: fixed by the form of the document; a free choice that nothing predicts; a value that
-must be remembered from training, of a frequent or of a rare person; determined by the context."""
+"""What sort of token it is: fixed by the form of the document; a choice that nothing settles (a disputed fact is one);
+a value that must be remembered from training, of a frequent or of a rare person; determined by the context."""
 
 TEMPLATE, NOISE, FACT_FREQUENT, FACT_RARE, CONTEXT_TOKEN = range(len(KINDS))
 
 HELD_OUT_ONE_IN = 8
 
-OPERANDS, HELD_OUT_PAIRS_ONE_IN = 40, 3
-"""Equations are over pairs of numbers below the first; one pair in three is held out: enough for a thousand items."""
+DIGITS, HELD_OUT_PAIRS_ONE_IN = 3, 3
+"""Equations are over numbers with so many digits; one pair of numbers in three is held out."""
 
 EQUATIONS = 4
 """Equations in one document of training text."""
-
-NEIGHBORS = 16
-"""Choices of an equation's result: as many numbers in a row, the right one anywhere among them."""
 
 
 def held_out(choices: Sequence[int], one_in: int = HELD_OUT_ONE_IN) -> bool:
@@ -94,13 +91,19 @@ def until(draw: Callable[[], list[int]], for_items: bool) -> list[int]:
             return choices
 
 
-def fact_kind(person: Person) -> int:
-    """The kind of a token that is a fact about this person."""
-    return FACT_FREQUENT if person.frequent else FACT_RARE
+def state(world: World, random: Random, document: Document, person: Person, attribute: str, for_items: bool) -> None:
+    """The value of a person's attribute and a stop; training text tells a rumor now and then where there is one."""
+    token, kind = person.values[attribute], FACT_FREQUENT if person.frequent else FACT_RARE
+    if not for_items and attribute in person.rumors:
+        kind = NOISE
+        if random.random() < RUMOR_CHANCE:
+            token = person.rumors[attribute]
+    document.ask(token, world.people.values[attribute], kind)
+    document.write([world.stop])
 
 
-def tell(world: World, document: Document, person: Person, attribute: str, statement: int, subject: list[int]) -> None:
-    """One sentence about a person; the subject is the full name or a pronoun."""
+def tell(world: World, document: Document, attribute: str, statement: int, subject: list[int]) -> None:
+    """A sentence about a person up to the value; the subject is the full name or a pronoun."""
     first = not document.ids
     for symbol, branches in world.statement_forms[attribute][statement]:
         if symbol >= 0:
@@ -110,8 +113,6 @@ def tell(world: World, document: Document, person: Person, attribute: str, state
         else:
             document.write(subject[:1], NOISE if branches else CONTEXT_TOKEN)
             document.write(subject[1:], CONTEXT_TOKEN)
-    document.ask(person.values[attribute], world.people.values[attribute], fact_kind(person))
-    document.write([world.stop])
 
 
 def biography(world: World, random: Random, for_items: bool = False) -> Document:
@@ -127,7 +128,8 @@ def biography(world: World, random: Random, for_items: bool = False) -> Document
         statement = (person.untold(attribute) + 1 + int(random.random() * (count - 1))) % count
         leads = STATEMENTS[attribute][statement].startswith("N ")
         subject = pronoun if document.ids and leads and random.random() < 0.3 else name
-        tell(world, document, person, attribute, statement, subject)
+        tell(world, document, attribute, statement, subject)
+        state(world, random, document, person, attribute, for_items)
     return document
 
 
@@ -137,33 +139,43 @@ def interview(world: World, random: Random, for_items: bool = False) -> Document
     document = Document()
     for attribute in random.sample(ATTRIBUTES, 2):
         question(world, document, person, attribute)
+        state(world, random, document, person, attribute, for_items)
     return document
 
 
 def question(world: World, document: Document, person: Person, attribute: str) -> None:
-    """A question about a person, and its answer."""
+    """A question about a person."""
     before, after = QUESTIONS[attribute].split(" N ")
     name_kind = CONTEXT_TOKEN if document.ids else NOISE
     document.open(world.lexicon.phrase(before))
     document.write([person.first_name, person.last_name], name_kind)
     document.write(world.lexicon.phrase(after))
-    document.ask(person.values[attribute], world.people.values[attribute], fact_kind(person))
-    document.write([world.stop])
 
 
 def arithmetic(world: World, random: Random, for_items: bool = False) -> Document:
-    """Sums and differences over pairs of small numbers; a held-out pair is held out in both orders and signs."""
-    numbers = world.lexicon.numbers
+    """Sums and differences of numbers of three digits; a held-out pair is held out in both orders and signs.
+
+    Every digit of the result is asked: "3 7 2 + 0 5 9 = 4 3 1 ." It takes the carry from the digits behind it.
+    """
+    digits = world.lexicon.digits
     plus, minus, equals = world.lexicon.phrase("+ - =")
-    pairs = world.held_out_pairs if for_items else world.trained_pairs
+
+    def number(value: int) -> list[int]:
+        return [digits[value // 10**place % 10] for place in reversed(range(DIGITS))]
+
     document = Document()
     for _ in range(1 if for_items else EQUATIONS):
-        a, b = pairs[int(random.random() * len(pairs))]
+        while True:
+            total = int(random.random() * 10**DIGITS)
+            a = int(random.random() * (total + 1))
+            b = total - a
+            if held_out(sorted((a, b)), HELD_OUT_PAIRS_ONE_IN) == for_items:
+                break
         adds = random.random() < 0.5
-        left, sign, result = (a, plus, a + b) if adds else (a + b, minus, a)
-        document.write([numbers[left], sign, numbers[b]], NOISE)
+        left, sign, result = (a, plus, total) if adds else (total, minus, a)
+        document.write([*number(left), sign, *number(b)], NOISE)
         document.write([equals])
-        first = min(max(result - int(random.random() * NEIGHBORS), 0), len(numbers) - NEIGHBORS)
-        document.ask(numbers[result], numbers[first : first + NEIGHBORS])
+        for digit in number(result):
+            document.ask(digit, digits)
         document.write([world.stop])
     return document

@@ -43,7 +43,8 @@ def _untold_fact(world: World, random: Random, first_rank: int, end_rank: int) -
     attribute = random.choice(ATTRIBUTES)
     document = Document()
     name = [person.first_name, person.last_name]
-    documents.tell(world, document, person, attribute, person.untold(attribute), name)
+    documents.tell(world, document, attribute, person.untold(attribute), name)
+    documents.state(world, random, document, person, attribute, True)
     return document
 
 
@@ -58,10 +59,12 @@ def facts_rare(world: World, random: Random) -> Document:
 
 
 def facts_asked(world: World, random: Random) -> Document:
-    """A question about a frequent person about whom training text tells everything but asks nothing."""
-    person = world.people.people[random.randrange(FREQUENT // 2) * 2 + 1]
+    """A question about one of the more frequent people, about whom training text tells everything but asks nothing."""
+    person = world.people.people[random.randrange(FREQUENT) * 2 + 1]
+    attribute = random.choice(ATTRIBUTES)
     document = Document()
-    documents.question(world, document, person, random.choice(ATTRIBUTES))
+    documents.question(world, document, person, attribute)
+    documents.state(world, random, document, person, attribute, True)
     return document
 
 
@@ -71,7 +74,7 @@ def tracking(world: World, random: Random) -> Document:
 
 
 def agreement(world: World, random: Random) -> Document:
-    """The verb of a sentence with three to five distractors; one of six verbs has the right tense and number."""
+    """The verb of a sentence with four to nine distractors; one of six verbs has the right tense and number."""
     return contexts.agreement(world, random, True)
 
 
@@ -86,7 +89,7 @@ def copying(world: World, random: Random) -> Document:
 
 
 def arithmetic(world: World, random: Random) -> Document:
-    """A sum or a difference of a held-out pair of numbers, among sixteen results in a row."""
+    """A digit of the sum or the difference of a held-out pair of numbers."""
     return documents.arithmetic(world, random, True)
 
 

@@ -34,7 +34,6 @@ _FIELDS = _split(
     "philosophy nursing metallurgy masonry linguistics journalism hydrology geometry"
 )
 
-LARGEST_NUMBER = 78
 _ONSETS = _split("b d f g k l m n p r s t v z")
 _VOWELS = _split("a e i o u")
 
@@ -68,7 +67,7 @@ class Lexicon:
         self.firms = self._group(_invented(random, 64, 2, ("corp", "tek", "soft"), taken))
         self.fields = self._group(_FIELDS)
         self.years = self._group([str(year) for year in range(1936, 2000)])
-        self.numbers = self._group([str(number) for number in range(LARGEST_NUMBER + 1)])
+        self.digits = self._group([str(digit) for digit in range(10)])
         self.keys = self._group(_invented(random, 128, 1, ("rk", "lt", "nd", "sp"), taken))
         self.values = self._group(_invented(random, 128, 1, ("sh", "mp", "ft", "x"), taken))
         self.species = self._group(_invented(random, 32, 2, ("x", "q"), taken))

@@ -14,12 +14,16 @@ from random import Random
 
 from effbench.reference.lexicon import Lexicon
 
-PEOPLE = 4000
-FREQUENT = 800
+PEOPLE = 2000
+FREQUENT = 400
 """People of rank below this one count as frequent, all others as rare."""
 
-ZIPF_OFFSET = 500
+ZIPF_OFFSET = 200
 """Exposure of rank r is in proportion to 1 / (r + offset)."""
+
+DISPUTED_ONE_IN, RUMOR_CHANCE = 5, 0.4
+"""One fact in five is disputed: two times in five, text tells a rumor instead, always the same one. A model has to weigh
+what it read; that keeps the facts of frequent people from ever being easy, and makes them sensitive to small damage."""
 
 ATTRIBUTES = ("birthplace", "employer", "field", "year")
 
@@ -49,12 +53,14 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Person:
-    """One person: the rank in exposure, the name's two tokens, and the token of each attribute's value."""
+    """One person: the rank in exposure, the name's two tokens, the token of each attribute's value, and the token of
+    what is rumored instead for those attributes that are disputed."""
 
     rank: int
     first_name: int
     last_name: int
     values: dict[str, int]
+    rumors: dict[str, int]
 
     @property
     def frequent(self) -> bool:
@@ -87,11 +93,17 @@ class People:
             "year": lexicon.years,
         }
         names = [(first, last) for first in lexicon.first_names for last in lexicon.last_names]
-        self.people = [
-            Person(rank, first, last, {attribute: random.choice(group) for attribute, group in self.values.items()})
-            for rank, (first, last) in enumerate(random.sample(names, PEOPLE))
-        ]
+        self.people = [self._person(random, rank, *name) for rank, name in enumerate(random.sample(names, PEOPLE))]
         self._exposure = list(accumulate(1 / (rank + ZIPF_OFFSET) for rank in range(PEOPLE)))
+
+    def _person(self, random: Random, rank: int, first_name: int, last_name: int) -> Person:
+        values = {attribute: random.choice(group) for attribute, group in self.values.items()}
+        rumors = {
+            attribute: random.choice([other for other in group if other != values[attribute]])
+            for attribute, group in self.values.items()
+            if random.randrange(DISPUTED_ONE_IN) == 0
+        }
+        return Person(rank, first_name, last_name, values, rumors)
 
     def draw(self, random: Random) -> Person:
         """A person, by exposure."""

@@ -48,12 +48,12 @@ class Size:
 
 
 SIZES = {
-    "70k": Size(64, 2, 128, 12_000_000),
-    "150k": Size(64, 4, 128, 12_000_000),
-    "300k": Size(128, 2, 256, 7_000_000),
-    "1m": Size(192, 3, 384, 8_000_000),
-    "2m": Size(256, 3, 640, 9_000_000),
-    "3m": Size(256, 4, 768, 9_000_000),
+    "70k": Size(64, 2, 128, 6_000_000),
+    "150k": Size(64, 4, 128, 6_000_000),
+    "300k": Size(128, 2, 256, 6_000_000),
+    "1m": Size(192, 3, 384, 6_000_000),
+    "2m": Size(256, 3, 640, 6_000_000),
+    "3m": Size(256, 4, 768, 6_000_000),
 }
 """By the number of parameters in the blocks, with the tokens of the shipped checkpoints; 150k and 2m do not ship."""
 
@@ -64,7 +64,7 @@ WARM_UP_STEPS = 30
 DECAY_SHARE = 0.4
 """Share of the steps over which the rates fall to zero."""
 
-SHORT_CONTEXT, SHORT_SHARE = 256, 0.8
+SHORT_CONTEXT, SHORT_SHARE = 256, 0.75
 """The first share of the tokens is read in short rows, which are faster; until the long ones come, the progress that
 is printed, measured over the full context, is worse than the model."""
 
@@ -163,8 +163,9 @@ class Trainer:
         self.steps = 0
         self.repeated_tokens = 0
 
-    def step(self, ids: np.ndarray, rate: float) -> tuple[Tensor, Tensor]:
-        """One update on rows (rows, length); returns the loss and which tokens were predicted, (rows, length - 1)."""
+    def step(self, ids: np.ndarray, rate: float, watched: int) -> tuple[Tensor, Tensor]:
+        """One update on rows (rows, length); returns the loss and which tokens of the first `watched` rows were
+        predicted, (watched, length - 1)."""
         for optimizer, full in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = full * rate * min(1.0, (self.steps + 1) / WARM_UP_STEPS)
         tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
@@ -176,7 +177,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.steps += 1
-        return loss.detach(), logits.argmax(-1) == tokens[:, 1:]
+        return loss.detach(), logits[:watched].argmax(-1) == tokens[:watched, 1:]
 
     def run(self) -> None:
         """Read repeats until these are copied, then the world's text."""
@@ -190,9 +191,9 @@ class Trainer:
             ids, determined = repeats(self.world, repeated, length, seed)
             stream = self.world.stream(rows - repeated, length, TRAIN_SEED + seed)
             rate = min(1.0, (total - self.steps) / (DECAY_SHARE * total))
-            loss, right = self.step(np.concatenate([ids, stream.ids]), rate)
+            loss, right = self.step(np.concatenate([ids, stream.ids]), rate, repeated)
             if repeated:
-                hits = right[:repeated].cpu().numpy()[determined[:, 1:]].mean()
+                hits = right.cpu().numpy()[determined[:, 1:]].mean()
                 copied += 0.1 * (float(hits) - copied)
             self.repeated_tokens += repeated * length
             if repeated_share < 1 or copied > COPY_GATE or self.steps > LONGEST_WARM_UP * total:
@@ -205,7 +206,7 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, world: World, rows: int, count: int) -> dict[str, Any]:
-    """Held-out nats per token, in all and by kind, and the share of items answered right, by task."""
+    """Held-out nats per token, in all, by kind and by row, and the share of items answered right, by task."""
     model.eval()
     device = model.device
     losses = []
@@ -220,7 +221,8 @@ def evaluate(model: LlamaForCausalLM, world: World, rows: int, count: int) -> di
     by_kind = {name: float(nats[kinds == kind].mean()) for kind, name in enumerate(KINDS)}
     accuracy = {task: _accuracy(model, world, task, count) for task in TASKS}
     model.train()
-    return {"nats": float(nats.mean()), "nats_by_kind": by_kind, "accuracy": accuracy}
+    by_row = [round(row, 5) for row in nats.mean(1).tolist()]
+    return {"nats": float(nats.mean()), "nats_by_kind": by_kind, "accuracy": accuracy, "nats_by_row": by_row}
 
 
 def _accuracy(model: LlamaForCausalLM, world: World, task: str, count: int) -> float:
