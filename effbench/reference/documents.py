@@ -155,7 +155,7 @@ def question(world: World, document: Document, person: Person, attribute: str) -
 def arithmetic(world: World, random: Random, for_items: bool = False) -> Document:
     """Sums and differences of numbers of three digits; a held-out pair is held out in both orders and signs.
 
-    Every digit of the result is asked: "3 7 2 + 0 5 9 = 4 3 1 ." It takes the carry from the digits behind it.
+    The digits that take a carry are asked, which are all but the last: "3 7 2 + 0 5 9 = 4 3 1 ."
     """
     digits = world.lexicon.digits
     plus, minus, equals = world.lexicon.phrase("+ - =")
@@ -175,7 +175,9 @@ def arithmetic(world: World, random: Random, for_items: bool = False) -> Documen
         left, sign, result = (a, plus, total) if adds else (total, minus, a)
         document.write([*number(left), sign, *number(b)], NOISE)
         document.write([equals])
-        for digit in number(result):
+        *carried, last = number(result)
+        for digit in carried:
             document.ask(digit, digits)
+        document.write([last], CONTEXT_TOKEN)
         document.write([world.stop])
     return document

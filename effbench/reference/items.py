@@ -89,7 +89,7 @@ def copying(world: World, random: Random) -> Document:
 
 
 def arithmetic(world: World, random: Random) -> Document:
-    """A digit of the sum or the difference of a held-out pair of numbers."""
+    """The first or second digit, which take a carry, of the sum or the difference of a held-out pair of numbers."""
     return documents.arithmetic(world, random, True)
 
 

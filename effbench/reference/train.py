@@ -248,8 +248,7 @@ def short(figures: dict[str, Any]) -> str:
 
 
 def save(model: LlamaForCausalLM, world: World, folder: Path, report: dict[str, Any]) -> None:
-    """The checkpoint in bfloat16 with its tokenizer, and `training.json` beside it."""
-    model = model.cpu().to(torch.bfloat16)
+    """The checkpoint with its tokenizer, and `training.json` beside it."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 1], pad_token_id=0)
     model.save_pretrained(folder)
     build_tokenizer(world.vocabulary).save_pretrained(folder)
@@ -274,16 +273,18 @@ def main() -> None:
     started = time.monotonic()
     trainer = Trainer(size, options.seed, int(options.tokens) or size.tokens, device)
     trainer.run()
+    seconds = time.monotonic() - started
+    model = trainer.model.to(torch.bfloat16)  # what is reported is what ships
     report = {
         "size": options.size,
         "seed": options.seed,
         "tokens": trainer.tokens,
         "repeated_tokens": trainer.repeated_tokens,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread",
-        **evaluate(trainer.model, trainer.world, 256, 1000),
+        **evaluate(model, trainer.world, 256, 1000),
     }
-    save(trainer.model, trainer.world, folder, report)
+    save(model.cpu(), trainer.world, folder, report)
     print(json.dumps(report, indent=1))
 
 
