@@ -62,7 +62,7 @@ def test_the_world_is_the_one_that_the_checkpoints_read(world: World) -> None:
     """A change of the world makes the checkpoints forget it: who changes it trains them anew and this value too."""
     stream = world.stream(8, 512, HELDOUT_SEED)
     content = " ".join(world.vocabulary).encode() + stream.ids.tobytes() + stream.kinds.tobytes()
-    assert hashlib.sha256(content).hexdigest()[:16] == "4088deb2cab50cb2"
+    assert hashlib.sha256(content).hexdigest()[:16] == "d4e09f487aa5d893"
 
 
 def test_vocabulary_is_small_and_all_of_it_is_used(world: World, training: Stream) -> None:
@@ -193,8 +193,8 @@ def test_checkpoints_load_and_know_more_than_chance(name: str, world: World) -> 
     model, tokenizer = load(name), AutoTokenizer.from_pretrained(folder)
     assert model.get_submodule("model.embed_tokens").num_embeddings >= len(tokenizer) == len(world.vocabulary)
     assert tokenizer.convert_tokens_to_ids(world.vocabulary) == list(range(len(world.vocabulary)))
-    for task in ("copying", "retrieval", "agreement"):
-        sample = asked(task)[:60]
+    for task in ("copying", "retrieval", "tracking"):
+        sample = asked(task)[:120]
         chance = np.mean([1 / len(item["choices"]) for item in sample])
         right = 0
         for item in sample:
@@ -202,7 +202,7 @@ def test_checkpoints_load_and_know_more_than_chance(name: str, world: World) -> 
                 logits = model(**tokenizer(item["context"], return_tensors="pt")).logits[0, -1]
             choices = tokenizer.convert_tokens_to_ids(item["choices"])
             right += int(logits[choices].argmax()) == item["gold"]
-        assert right / 60 > chance + 5 * (chance * (1 - chance) / 60) ** 0.5
+        assert right / 120 > chance + 5 * (chance * (1 - chance) / 120) ** 0.5
 
 
 def test_shipped_bytes() -> None:

@@ -22,8 +22,8 @@ ZIPF_OFFSET = 200
 """Exposure of rank r is in proportion to 1 / (r + offset)."""
 
 DISPUTED_ONE_IN, RUMOR_CHANCE = 5, 0.4
-"""One fact in five is disputed: two times in five, text tells a rumor instead, always the same one. A model has to weigh
-what it read; that keeps the facts of frequent people from ever being easy, and makes them sensitive to small damage."""
+"""One fact in five is disputed: two times in five, text tells a rumor instead, always the same one. A model has to
+weigh what it read, so that not even the facts of frequent people become easy."""
 
 ATTRIBUTES = ("birthplace", "employer", "field", "year")
 
