@@ -7,42 +7,27 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from effbench import registry
 from effbench.errors import TaskError
+from effbench.measure import questions
+from effbench.measure.encoding import Choices, Encoder
 from effbench.measure.quality import scored_through_cache, window_logits
+from effbench.measure.questions import Questions, TaskResult, load_tasks, task_manager
 from effbench.registry import suggest
 from effbench.technique import System
 
-REFERENCE = Path(next(iter(import_module("effbench.tasks").__path__)))
 BATCH_TOKENS = 8192
 """Tokens in a batch of contexts."""
 
 
-@dataclass
-class TaskResult:
-    """What one task gave: 1 or 0 for each item, the accuracy of guessing among its choices, the items' fingerprint."""
-
-    correct: list[int]
-    chance: float | None
-    items_hash: str
-
-    @property
-    def accuracy(self) -> float:
-        """The share of correct items."""
-        return sum(self.correct) / len(self.correct)
-
-
-class SystemLM(TemplateLM):
-    """lets lm-eval score a `System`.
+class SystemLM(Encoder):
+    """Lets lm-eval score a `System`.
 
     The choices of an item share their context: it is run once. Where all of them are single tokens nothing else
     has to be; longer ones are run as context and choice. Systems with a cache policy of their own are scored
@@ -50,21 +35,9 @@ class SystemLM(TemplateLM):
     """
 
     def __init__(self, system: System, batch_tokens: int = BATCH_TOKENS) -> None:
-        super().__init__()
-        self.system, self.tokenizer, self._batch_tokens = system, system.tokenizer, batch_tokens
+        super().__init__(system.tokenizer)
+        self.system, self._batch_tokens = system, batch_tokens
         self._through_cache = scored_through_cache(system)
-        self._encoded: dict[str, list[int]] = {}
-
-    @property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return int(self.tokenizer.eos_token_id or 0)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token before a text without context: the one that starts it, if there is one."""
-        start = self.tokenizer.bos_token_id
-        return self.eot_token_id if start is None else int(start)
 
     @property
     def max_length(self) -> int:
@@ -77,65 +50,56 @@ class SystemLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """The log-likelihood of each request's choice after its context, and whether greedy decoding would give it.
+        """The log-likelihood of each request's choice after its context, and whether greedy decoding would give it."""
+        values, greedy = self.answer(self.encode(requests))
+        return list(zip(values.tolist(), greedy.tolist(), strict=True))
 
-        All texts are tokenized at once, each different one once: one by one it would take longer than the model.
-        """
-        pairs = [request.args for request in requests]
-        texts = {context.rstrip() for context, _ in pairs} | {context + choice for context, choice in pairs}
-        listed = sorted(text for text in texts if not self._starts_itself(text))
-        if listed:
-            self._encoded = dict(zip(listed, self.tokenizer(listed, verbose=False)["input_ids"], strict=True))
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        self._encoded.clear()
-        return answers
+    def answer(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
+        """The log-likelihood (choices,) of each choice after its context, and whether greedy decoding would give it."""
+        values, greedy = np.zeros(len(choices.lengths)), np.zeros(len(choices.lengths), bool)
+        self._answer_single(choices, values, greedy)
+        self._answer_longer(choices, values, greedy)
+        return values, greedy
 
-    def _starts_itself(self, text: str) -> bool:
-        """Whether a text brings its own start token."""
-        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+    def _answer_single(self, choices: Choices, values: np.ndarray, greedy: np.ndarray) -> None:
+        """Choices of one token: one pass over their context is for all of them."""
+        asked = np.flatnonzero(choices.lengths == 1)
+        asked = asked[np.argsort(choices.context_of[asked], kind="stable")]
+        contexts, firsts = np.unique(choices.context_of[asked], return_index=True)
+        groups = np.split(asked, firsts[1:])
+        wanted = np.zeros(len(choices.lengths), np.int64)
+        wanted[asked] = choices.tokens[choices.starts[asked]]
+        sequences = [choices.contexts[number][-self.max_length :] for number in contexts]
+        for places, logits in self._batches(sequences, [1] * len(sequences)):
+            log_probabilities = torch.log_softmax(logits[:, -1].float(), -1)
+            numbers = np.concatenate([groups[place] for place in places])
+            rows = np.repeat(np.arange(len(places)), [len(groups[place]) for place in places])
+            picked = log_probabilities[torch.from_numpy(rows), torch.from_numpy(wanted[numbers])]
+            values[numbers] = picked.cpu().numpy()
+            greedy[numbers] = wanted[numbers] == log_probabilities.argmax(-1).cpu().numpy()[rows]
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids as the tokenizer makes them; no second start token where the text brings its own."""
-        if add_special_tokens is None and string in self._encoded:
-            return self._encoded[string]
-        options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and self._starts_itself(string):
-            options["add_special_tokens"] = False
-        ids: list[int] = self.tokenizer.encode(string, **options)
-        return ids
+    def _answer_longer(self, choices: Choices, values: np.ndarray, greedy: np.ndarray) -> None:
+        """Choices of several tokens: each is run with its context, but for its last token."""
+        starts = choices.starts
+        numbers: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        for number in np.flatnonzero(choices.lengths != 1).tolist():
+            choice = choices.tokens[starts[number] : starts[number] + choices.lengths[number]]
+            context = choices.contexts[choices.context_of[number]]
+            room = max(1, self.max_length + 1 - len(choice))
+            sequence = (*context[-room:].tolist(), *choice[:-1].tolist())
+            numbers.setdefault(sequence, []).append((number, choice))
+        asked = list(numbers.values())
+        keeps = [max(len(choice) for _, choice in some) for some in asked]
+        for places, logits in self._batches([np.array(sequence) for sequence in numbers], keeps):
+            for place, row in zip(places, logits, strict=True):
+                for number, choice in asked[place]:
+                    wanted = torch.tensor(choice, device=row.device)
+                    log_probabilities = torch.log_softmax(row[-len(wanted) :].float(), -1)
+                    values[number] = float(log_probabilities.gather(-1, wanted[:, None]).sum())
+                    greedy[number] = bool((log_probabilities.argmax(-1) == wanted).all())
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        single: dict[tuple[int, ...], list[int]] = {}
-        longer: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, choice) in enumerate(requests):
-            room = self.max_length + 1 - len(choice)
-            context = context[-room:] if room > 0 else context[-1:]
-            if len(choice) == 1:
-                single.setdefault(tuple(context), []).append(number)
-            else:
-                longer.setdefault((*context, *choice[:-1]), []).append(number)
-        single_numbers, longer_numbers = list(single.values()), list(longer.values())
-        keeps = [max(len(requests[number][2]) for number in numbers) for numbers in longer_numbers]
-        for place, row in self._rows(list(single), [1] * len(single)):
-            numbers = single_numbers[place]
-            log_probabilities = torch.log_softmax(row[-1].float(), -1)
-            best = int(log_probabilities.argmax())
-            picked = log_probabilities[[requests[number][2][0] for number in numbers]].tolist()
-            for number, value in zip(numbers, picked, strict=True):
-                answers[number] = (value, requests[number][2][0] == best)
-        for place, row in self._rows(list(longer), keeps):
-            for number in longer_numbers[place]:
-                wanted = torch.tensor(requests[number][2], device=row.device)
-                log_probabilities = torch.log_softmax(row[-len(wanted) :].float(), -1)
-                value = float(log_probabilities.gather(-1, wanted[:, None]).sum())
-                answers[number] = (value, bool((log_probabilities.argmax(-1) == wanted).all()))
-        return answers
-
-    def _rows(self, sequences: list[tuple[int, ...]], keeps: list[int]) -> Iterator[tuple[int, Tensor]]:
-        """The place of each sequence and the logits (its `keep` or more, vocabulary) of its last tokens.
+    def _batches(self, sequences: Sequence[np.ndarray], keeps: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """The places of some sequences and the logits (sequences, `keep` or more, vocabulary) of their last tokens.
 
         Sequences of one length run together, so no padding ever enters a cache; they come as they are done.
         """
@@ -146,10 +110,9 @@ class SystemLM(TemplateLM):
             count = max(1, self._batch_tokens // length)
             for start in range(0, len(places), count):
                 batch = places[start : start + count]
-                ids = torch.tensor([sequences[place] for place in batch])
+                ids = torch.from_numpy(np.stack([sequences[place] for place in batch]))
                 keep = max(keeps[place] for place in batch)
-                logits = window_logits(self.system, ids, through_cache=self._through_cache, keep=keep)
-                yield from zip(batch, logits, strict=True)
+                yield batch, window_logits(self.system, ids, through_cache=self._through_cache, keep=keep)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that give every token as much context as they can."""
@@ -163,8 +126,8 @@ class SystemLM(TemplateLM):
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
-            totals.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+            values, _ = self.answer(Choices.of([make_disjoint_window(window) for window in windows]))
+            totals.append(float(values.sum()))
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -186,16 +149,6 @@ class SystemLM(TemplateLM):
         return texts
 
 
-def _manager(names: Sequence[str]) -> Any:
-    """lm-eval's task manager; its own thousands of tasks are indexed only if one is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    ours = TaskManager(include_path=str(REFERENCE), include_defaults=False)
-    if set(names) <= set(ours.all_tasks):
-        return ours
-    return TaskManager(include_path=str(REFERENCE))
-
-
 def task_names() -> list[str]:
     """The tasks that come with effbench, by file name."""
     return list(registry.tasks())
@@ -205,29 +158,44 @@ def check_tasks(names: Sequence[str]) -> None:
     """Raises `TaskError` for a task that neither effbench nor the installed lm-eval has."""
     if set(names) <= set(task_names()):
         return
-    known = set(_manager(names).all_tasks)
+    known = set(task_manager(names).all_tasks)
     for name in names:
         if name not in known:
             raise TaskError(f"no task {name!r}{suggest(name, sorted(known))} (`effbench list tasks` shows ours)")
 
 
-def evaluate(system: System, names: Sequence[str], limit: int | None = None) -> dict[str, TaskResult]:
-    """Each task's items, scored zero-shot by lm-eval with its own prompts and metrics.
+def build(system: System, names: Sequence[str], limit: int | None = None) -> Questions:
+    """The first `limit` items of each task for systems with this one's tokenizer.
 
     Raises `TaskError` where a task's data cannot be had.
     """
+    with _quiet():
+        return questions.build(SystemLM(system), names, limit)
+
+
+def evaluate(
+    system: System, names: Sequence[str], limit: int | None = None, asked: Questions | None = None
+) -> dict[str, TaskResult]:
+    """Each task's items, scored zero-shot with lm-eval's own prompts and metrics.
+
+    `asked` are the same tasks' questions if they are built already. Raises `TaskError` where a task's data cannot be
+    had or it gives no accuracy.
+    """
+    asked = asked or build(system, names, limit)
+    values, _ = SystemLM(system).answer(asked.choices)
+    results = asked.results(values)
+    if asked.others:
+        with _quiet():
+            results |= _by_lm_eval(system, asked.others, limit)
+    return {name: results[name] for name in asked.order}
+
+
+def _by_lm_eval(system: System, names: Sequence[str], limit: int | None) -> dict[str, TaskResult]:
+    """The same from requests to metrics by lm-eval itself."""
     from lm_eval.evaluator import evaluate as run
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            loaded = _manager(names).load(list(names))
-            for task in loaded["tasks"].values():
-                task.set_config(key="num_fewshot", value=0)
-                task.set_fewshot_seed(seed=0)
-            output = run(lm=SystemLM(system), task_dict=loaded, limit=limit, bootstrap_iters=0, verbosity="ERROR")
-    except (ConnectionError, FileNotFoundError) as reason:
-        raise TaskError(f"the data of {', '.join(names)} cannot be had without a network ({reason})") from None
+    loaded = load_tasks(names)
+    output = run(lm=SystemLM(system), task_dict=loaded, limit=limit, bootstrap_iters=0, verbosity="ERROR")
     results = {}
     for name, samples in output["samples"].items():
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -239,3 +207,11 @@ def evaluate(system: System, names: Sequence[str], limit: int | None = None) -> 
         items = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:16]
         results[name] = TaskResult(correct, chance, items)
     return results
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's progress and remarks."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
