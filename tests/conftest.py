@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from effbench.data import Data  # noqa: E402
+from effbench.data import Data, WorldSource  # noqa: E402
 from effbench.reference.tokenizer import build_tokenizer  # noqa: E402
 from effbench.reference.world import World  # noqa: E402
 from effbench.registry import parse  # noqa: E402
@@ -69,6 +69,15 @@ def random_system(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: 
 def applied(system: System, pipeline: str) -> System:
     """`system` after a pipeline whose techniques all fit it and need no text."""
     data = Data(None, context=64, load=lambda name: pytest.fail(f"asked for {name}"))
+    for technique in parse(pipeline):
+        assert technique.unfit(system) is None
+        system = technique.apply(system, data)
+    return system
+
+
+def calibrated(system: System, pipeline: str, context: int = 64) -> System:
+    """`system` after a pipeline whose techniques all fit it and read the synthetic world's text."""
+    data = Data(WorldSource(system.tokenizer), context, load=lambda name: pytest.fail(f"asked for {name}"))
     for technique in parse(pipeline):
         assert technique.unfit(system) is None
         system = technique.apply(system, data)

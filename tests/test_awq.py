@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from calibrated_layers import LAYERS, calibrated_layer, computed, relative_error
-from conftest import random_system
+from conftest import calibrated, random_system
 from golden_layer import agrees, golden_inputs, golden_linear, output_error
-from test_gptq import calibrated
 
 from effbench import models, store
 from effbench.data import WorldSource

@@ -6,28 +6,17 @@ import numpy as np
 import pytest
 import torch
 from calibrated_layers import DEAD, LAYERS, calibrated_layer, computed, relative_error
-from conftest import random_system
+from conftest import calibrated, random_system
 from golden_layer import agrees, golden_inputs, golden_linear, output_error
 from torch import nn
 
 from effbench import models, store
-from effbench.data import Data, WorldSource
+from effbench.data import WorldSource
 from effbench.errors import TechniqueError, UnfitError
 from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.measure.quality import score
 from effbench.registry import get, parse
-from effbench.technique import System
 from effbench.toolbox.walk import matrices
-
-
-def calibrated(system: System, pipeline: str, context: int = 64) -> System:
-    """`system` after a pipeline whose techniques all fit it and read the synthetic world's text."""
-    data = Data(WorldSource(system.tokenizer), context, load=lambda name: pytest.fail(f"asked for {name}"))
-    for technique in parse(pipeline):
-        assert technique.unfit(system) is None
-        system = technique.apply(system, data)
-    return system
-
 
 GOLDEN = {
     "": ("1.9426e-05", "5.9814e-03", "2.6376e-02", "1.5278e-01"),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from calibrated_layers import calibrated_layer, relative_error
-from conftest import applied, logits, random_system
+from conftest import applied, calibrated, logits, random_system
 from golden_layer import agrees, golden_inputs, golden_linear, output_error
 from torch import nn
 
@@ -16,7 +16,6 @@ from effbench.measure.memory import stored_bytes
 from effbench.measure.quality import score
 from effbench.measure.statistics import paired_difference
 from effbench.registry import get, parse
-from effbench.technique import System
 from effbench.toolbox.sparse import lowest
 from effbench.toolbox.walk import matrices
 
@@ -157,15 +156,6 @@ def test_random_zeros_are_of_the_seed_and_other_in_each_matrix() -> None:
     assert all(torch.equal(one, other) for one, other in zip(masks[0], masks[1], strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(masks[0], masks[2], strict=True))
     assert not torch.equal(masks[0][0], masks[0][7])  # the same matrix of the next block
-
-
-def calibrated(system: System, pipeline: str, samples: int = 8) -> System:
-    """`system` after a pipeline that reads a little of the world's text."""
-    data = Data(WorldSource(system.tokenizer), 64, lambda name: pytest.fail(f"asked for {name}"))
-    for technique in parse(pipeline):
-        assert technique.unfit(system) is None
-        system = technique.apply(system, data)
-    return system
 
 
 @pytest.mark.parametrize("name", CRITERIA)

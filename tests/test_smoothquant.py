@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from calibrated_layers import LAYERS, calibrated_layer
-from conftest import SMALL, random_system
+from conftest import SMALL, calibrated, random_system
 from golden_layer import agrees, golden_inputs, golden_linear
-from test_gptq import calibrated
 from torch import Tensor, nn
 
 from effbench import store

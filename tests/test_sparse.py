@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import applied, logits, random_system
+from conftest import applied, calibrated, logits, random_system
 from torch import Tensor, nn
 
 from effbench import store
@@ -13,7 +13,7 @@ from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.registry import get
 from effbench.toolbox.grid import encode, fit_grid
 from effbench.toolbox.packed import PackedLinear
-from effbench.toolbox.sparse import SparseLinear, SparsePackedLinear, drop_zeros
+from effbench.toolbox.sparse import SparseLinear, SparsePackedLinear, drop_zeros, fits_two_four
 from effbench.toolbox.walk import matrices
 
 FORMATS = [("bitmask", "unstructured"), ("bitmask", "2:4"), ("bitmask", "4:8"), ("2:4", "2:4"), ("csr", "unstructured")]
@@ -186,17 +186,24 @@ def test_what_is_no_two_four_matrix_or_saves_nothing_is_left_as_it_is() -> None:
         assert drop_zeros(packed, weight) is packed
 
 
-def test_a_stack_of_two_four_and_codes_is_saved_and_loaded_bit_for_bit(architecture: str, tmp_path: Path) -> None:
-    system = applied(random_system(architecture, torch.float32), "magnitude:pattern=2:4")
+@pytest.mark.parametrize(
+    "pruner, quantizer",
+    [("magnitude:pattern=2:4", "rtn:bits=4"), ("sparsegpt:pattern=2:4,samples=4", "gptq:bits=4,samples=4")],
+)
+def test_a_stack_of_two_four_and_codes_keeps_the_zeros_and_stores_them_nowhere(
+    pruner: str, quantizer: str, architecture: str, tmp_path: Path
+) -> None:
+    system = calibrated(random_system(architecture, torch.bfloat16), pruner)
     weights = {name: linear.weight.detach().clone() for name, linear in matrices(system.model)}
-    system = applied(system, "rtn:bits=4")
+    assert all(fits_two_four(weight) for weight in weights.values())
+    system = calibrated(system, quantizer)
     for name, weight in weights.items():
         packed = system.model.get_submodule(name)
-        parent, _, leaf = name.rpartition(".")
-        setattr(system.model.get_submodule(parent), leaf, drop_zeros(packed, weight))
+        assert isinstance(packed, SparsePackedLinear) and packed.store == "2:4"
+        assert (packed.dequantized()[weight == 0] == 0).all()
+        bits = 8 * module_bytes(packed) / weight.numel()
+        assert bits == pytest.approx(4 / 2 + 1 + (16 + 4) / weight.shape[1], rel=1e-3)
     before, size = logits(system), stored_bytes(system)
-    whole = applied(random_system(architecture, torch.float32), "magnitude:pattern=2:4+rtn:bits=4")
-    assert torch.equal(before, logits(whole)) and size < stored_bytes(whole)
     store.save(system, tmp_path / "taken_home", "stack")
     again = store.load(tmp_path / "taken_home")
     assert torch.equal(logits(again), before) and stored_bytes(again) == size

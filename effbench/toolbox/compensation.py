@@ -31,7 +31,8 @@ class Compensation:
         """Codes (out, in) of a `weight` (out, in), scales and zero points (out, groups), and the order of the codes.
 
         `gram` (in, in) is the sum of x x^T over the calibration inputs. The order (in,) says which input each column
-        of codes is for; it is `None` where columns stand in their own order.
+        of codes is for; it is `None` where columns stand in their own order. Weights that are zero, such as pruned
+        ones, stay zero.
         Raises `UnfitError` where the damped Gram matrix cannot be inverted.
         """
         fixed = self._grids(weight) if self.group_size == 0 else None
@@ -41,7 +42,7 @@ class Compensation:
         if self.group_size and self.static_groups:
             fixed = self._grids(columns.T)
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
-        codes, grids = self._columns(columns, gram, order, fixed)
+        codes, grids = self._columns(columns, gram, order, fixed, (weight.detach() == 0).T)
         if order is not None and fixed is not None:  # each code finds its grid by its input's own place
             codes, order = codes[torch.argsort(order)], None
         scales, zeros = fixed if fixed is not None else grids
@@ -52,14 +53,15 @@ class Compensation:
         return fit_grid(groups, self.bits, symmetric=self.symmetric, dtype=self.dtype)
 
     def _columns(
-        self, columns: Tensor, gram: Tensor, order: Tensor | None, fixed: tuple[Tensor, Tensor] | None
+        self, columns: Tensor, gram: Tensor, order: Tensor | None, fixed: tuple[Tensor, Tensor] | None, gone: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Codes (in, out) in the order of quantizing, and the grids that were fitted on the way if none are fixed.
 
-        `columns` (in, out) is the transposed weight, so that a column lies in one piece; it is used up.
+        `columns` (in, out) is the transposed weight, so that a column lies in one piece; it is used up. `gone`
+        (in, out) says which weights stay zero.
         """
         places = torch.arange(len(columns), device=columns.device) if order is None else order
-        columns = columns[places]
+        columns, gone = columns[places], gone[places]
         factor = inverse_factor(gram[places][:, places], self.damping)
         codes = torch.empty_like(columns, dtype=torch.uint8)
         width = self.group_size or len(columns)
@@ -79,7 +81,7 @@ class Compensation:
                         columns[place : place + width].T, self.bits, symmetric=self.symmetric, dtype=self.dtype
                     )
                     fitted.append((scales, zeros))
-                found = encode(block[step].unsqueeze(-1), scales, zeros, self.bits)
+                found = encode(block[step].masked_fill(gone[place], 0).unsqueeze(-1), scales, zeros, self.bits)
                 codes[place] = found.squeeze(-1)
                 errors[step] = (block[step] - decode(found, scales, zeros).squeeze(-1)) / inner[step, step]
                 block[step + 1 :].addr_(inner[step, step + 1 :], errors[step], alpha=-1)

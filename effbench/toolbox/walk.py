@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from effbench.errors import UnfitError
 from effbench.toolbox.inputs import Inputs
 
-
 TOKENS_AT_ONCE = 2048
 """Sequences are read together up to so many tokens; one that is longer is read alone."""
 

@@ -16,6 +16,7 @@ from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.compensation import Compensation
 from effbench.toolbox.packed import PackedLinear, tile_for
 from effbench.toolbox.prepared import ReorderedLinear
+from effbench.toolbox.sparse import drop_zeros, fits_two_four
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class GPTQ(LayerTechnique):
         return None
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
-        tile = tile_for(linear, self.bits, self.group_size, self.scale_dtype)
+        weight = linear.weight.detach()
+        tile = 0 if fits_two_four(weight) else tile_for(linear, self.bits, self.group_size, self.scale_dtype)
         way = Compensation(
             self.bits,
             self.group_size,
@@ -74,7 +76,7 @@ class GPTQ(LayerTechnique):
             self.block_size,
             torch.bfloat16 if tile else getattr(torch, self.scale_dtype),
         )
-        codes, scales, zeros, order = way.quantize(linear.weight, Inputs.of(inputs).gram)
+        codes, scales, zeros, order = way.quantize(weight, Inputs.of(inputs).gram)
         packed = PackedLinear.pack(
             codes,
             scales,
@@ -84,4 +86,6 @@ class GPTQ(LayerTechnique):
             scale_dtype=self.scale_dtype,
             tile=tile,
         )
-        return packed if order is None else ReorderedLinear.of(packed, order)
+        if order is None:
+            return drop_zeros(packed, weight)
+        return ReorderedLinear.of(drop_zeros(packed, weight[:, order]), order)

@@ -15,6 +15,7 @@ from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import encode, fit_grid
 from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.sparse import drop_zeros, fits_two_four
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class RoundToNearest(LayerTechnique):
         return None
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
-        tile = tile_for(linear, self.bits, self.group_size, self.scale_dtype)
+        weight = linear.weight.detach()
+        tile = 0 if fits_two_four(weight) else tile_for(linear, self.bits, self.group_size, self.scale_dtype)
         stored = torch.bfloat16 if tile else getattr(torch, self.scale_dtype)
-        groups = linear.weight.detach().unflatten(1, (-1, self.group_size or linear.in_features))
+        groups = weight.unflatten(1, (-1, self.group_size or linear.in_features))
         scales, zeros = fit_grid(groups, self.bits, symmetric=self.symmetric, mse=self.mse, dtype=stored)
         codes = encode(groups, scales, zeros, self.bits).flatten(1)
-        return PackedLinear.pack(
+        packed = PackedLinear.pack(
             codes,
             scales,
             None if self.symmetric else zeros,
@@ -63,3 +65,4 @@ class RoundToNearest(LayerTechnique):
             scale_dtype=self.scale_dtype,
             tile=tile,
         )
+        return drop_zeros(packed, weight)
