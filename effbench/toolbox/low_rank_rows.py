@@ -88,11 +88,12 @@ class RowImportance:
         for place, sensitivity in self._now.items():
             self._mean[place] = (self._mean[place] * seen + sensitivity) / (seen + 1)
         self._step += 1
-        if not self.smoothed or self._step <= self._window:
-            self.smoothed = [mean.clone() for mean in self._mean]  # until a window is full, there is nothing to smooth
+        if self._step < self._window:
+            self.smoothed = [mean.clone() for mean in self._mean]  # no window is full, so there is nothing to smooth
         elif seen + 1 == self._window:
+            before = self.smoothed if self._step > self._window else [torch.zeros_like(mean) for mean in self._mean]
             self.smoothed = [
-                self._beta * old + (1 - self._beta) * mean for old, mean in zip(self.smoothed, self._mean, strict=True)
+                self._beta * old + (1 - self._beta) * mean for old, mean in zip(before, self._mean, strict=True)
             ]
 
     def close(self) -> None:
