@@ -2,8 +2,9 @@
 
     apply -> quality -> speed    (effbench.jobs)
 
-Dense comes first, since the others are compared with it. Two rows are applied and scored side by side with a part of
-the threads each; what is timed runs alone, round by round with one dense worker that serves the whole run.
+Dense comes first, since the others are compared with it: none is applied before it is, and none scored before it is.
+Two rows are applied and scored side by side with a part of the threads each; what is timed runs alone, round by round
+with one dense worker that serves the whole run.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def record_for(out: Path, suite: Suite, pipeline: str) -> Record:
     return results.load(path) if path.is_file() else fresh
 
 
+def _free(waiting: list[tuple[str, str]], busy: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The stages of rows that may begin now: none of a row at work, and none that needs what dense has not done."""
+    working = {pipeline for pipeline, _ in busy}
+    first = {stage for pipeline, stage in waiting + busy if pipeline == "dense"}
+    held = set(STAGES) if "apply" in first else first
+    return [entry for entry in waiting if entry[0] not in working and (entry[0] == "dense" or entry[1] not in held)]
+
+
 class Schedule:
     """One run: which row is at which stage."""
 
@@ -78,8 +87,7 @@ class Schedule:
         if open_rows:
             self.workers = Workers()
             try:
-                self._stages([self.dense], 1)
-                self._stages(self.others, self.beside)
+                self._stages([self.dense, *self.others])
                 self._speed([self.dense, *self.others])
             finally:
                 self.workers.close()
@@ -90,15 +98,15 @@ class Schedule:
                     path.unlink()
         self.progress.stop()
 
-    def _stages(self, rows: Sequence[Record], beside: int) -> None:
+    def _stages(self, rows: Sequence[Record]) -> None:
         """Apply and score the rows, so many at once; both stages of a row follow each other."""
         waiting = [(row.pipeline, stage) for row in rows for stage in ("apply", "quality")]
         assert self.suite.threads is not None
         threads = max(1, self.suite.threads // self.beside)
         busy: dict[int, tuple[str, str]] = {}
         while waiting or busy:
-            free = [entry for entry in waiting if entry[0] not in {pipeline for pipeline, _ in busy.values()}]
-            if free and len(busy) < beside:
+            free = _free(waiting, list(busy.values()))
+            if free and len(busy) < self.beside:
                 pipeline, stage = free[0]
                 waiting.remove(free[0])
                 if self._needed(pipeline, stage):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -29,7 +30,16 @@ from effbench.errors import WorkerError
 
 OUT_OF_MEMORY = 77
 """The exit code of a child that ran out of memory and could say so."""
-IMPORTS = ("torch", "transformers", "transformers.models.llama.modeling_llama", "lm_eval", "lm_eval.tasks")
+IMPORTS = (
+    "torch",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "lm_eval",
+    "lm_eval.tasks",
+    "effbench.jobs.applying",
+    "effbench.jobs.scoring",
+    "effbench.jobs.timing",
+)
 
 
 class Workers:
@@ -129,6 +139,8 @@ def _serve() -> None:
     _die_with_parent()
     for name in IMPORTS:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported never dies: a child's collections need not walk it, and its pages stay shared
     children: dict[int, int] = {}
     pending = b""
     woken, wake = os.pipe()

@@ -79,7 +79,7 @@ def _score_tasks(job: Job, system: System) -> None:
         return
     from effbench.measure.accuracy import evaluate
 
-    found = evaluate(system, names, job.suite.limit)
+    found = evaluate(system, names, job.suite.limit, sharing.questions(job.out, job.suite, system))
     for name, result in found.items():
         record.put(f"accuracy/{name}", result.accuracy)
         record.put(f"accuracy_chance/{name}", result.chance, "it does not offer choices")

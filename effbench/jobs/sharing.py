@@ -1,14 +1,16 @@
-"""What all rows of a run share, made once from the dense model: text as token ids, prompts, and the system itself.
+"""What all rows of a run share, made once: text and questions as token ids, prompts, and the dense system itself.
 
 <out>/dense/system/                 the dense system, saved as every other one, so that all come through one door
 <out>/dense/windows.npz             the text that is scored
 <out>/dense/log_probabilities.npy   the dense model's, on the first of its tokens (see `measure.quality`)
-<out>/dense/prompts.npy             the prompts that are timed; written last
+<out>/dense/prompts.npy             the prompts that are timed; the last of what applying the dense row leaves
+<out>/dense/questions-*.npz         the tasks' items for one tokenizer; made by the first row that is asked them
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 from effbench.data import WINDOW, Source, Windows
 from effbench.suite import Suite
 from effbench.technique import System
+
+if TYPE_CHECKING:
+    from effbench.measure.questions import Questions
 
 
 def folder(out: Path) -> Path:
@@ -47,6 +52,17 @@ def windows(out: Path) -> Windows | None:
     """The text that is scored; `None` if there is none."""
     path = folder(out) / "windows.npz"
     return Windows.load(path) if path.is_file() else None
+
+
+def questions(out: Path, suite: Suite, system: System) -> Questions:
+    """The items of the suite's tasks for this system's tokenizer."""
+    from effbench.measure.accuracy import build
+    from effbench.measure.questions import Questions, fingerprint
+
+    path = folder(out) / f"questions-{fingerprint(system.tokenizer, suite.tasks, suite.limit)}.npz"
+    if not path.is_file():
+        build(system, suite.tasks, suite.limit).save(path)
+    return Questions.load(path)
 
 
 def prompts(out: Path, device: torch.device) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,7 +66,7 @@ class Questions:
         """Write it as arrays, all or nothing."""
         names = {"tasks": list(self.counts), "hashes": self.hashes, "others": self.others, "order": self.order}
         lengths = [len(context) for context in self.choices.contexts]
-        beside = path.with_name(f"partial-{path.name}")
+        beside = path.with_name(f"partial-{os.getpid()}-{path.name}")
         np.savez(
             beside,
             contexts=np.concatenate([*self.choices.contexts, np.zeros(0, np.int64)]).astype(np.int32),
