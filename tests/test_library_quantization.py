@@ -18,7 +18,14 @@ from effbench.measure.memory import hidden_bytes, module_bytes, others, stored_b
 from effbench.registry import get, parse
 from effbench.toolbox import extras
 
-PACKAGES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "llm_int8": "bitsandbytes", "quanto": "optimum.quanto"}
+PACKAGES = {
+    "nf4": "bitsandbytes",
+    "fp4": "bitsandbytes",
+    "llm_int8": "bitsandbytes",
+    "quanto": "optimum.quanto",
+    "torchao_int8": "torchao",
+    "torchao_int4": "torchao",
+}
 FOUR_BIT = ("nf4", "fp4")
 HOMES = ("nf4:double_quant=true", "fp4", "llm_int8", "quanto")
 
@@ -109,6 +116,8 @@ def test_blocks_that_do_not_end_with_a_row_are_read_right(
         ("fp4", {"block_size": 128}, 4 + 32 / 128),
         ("nf4", {"double_quant": True}, 4 + 8 / 64 + 32 / (64 * 256)),
         ("llm_int8", {}, 8 + 32 / 1024),
+        ("torchao_int8", {}, 8 + 32 / 1024),
+        ("torchao_int4", {"group_size": 128}, 4 + 32 / 128),
         ("quanto", {"bits": 8}, lambda d: 8 + d / 1024),
         ("quanto", {}, lambda d: 4 + 2 * d / 128),
         ("quanto", {"bits": 2, "group_size": 32}, lambda d: 2 + 2 * d / 32),
@@ -171,7 +180,18 @@ def test_where_there_is_a_kernel_a_few_rows_go_through_it(name: str, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "name", ["nf4", "nf4:double_quant=true", "fp4", "llm_int8", "quanto:bits=8", "quanto", "quanto:bits=2"]
+    "name",
+    [
+        "nf4",
+        "nf4:double_quant=true",
+        "fp4",
+        "llm_int8",
+        "quanto:bits=8",
+        "quanto",
+        "quanto:bits=2",
+        "torchao_int8",
+        "torchao_int4",
+    ],
 )
 def test_every_architecture_is_taken_home(name: str, architecture: str, tmp_path: Path) -> None:
     system = random_system(architecture)
