@@ -14,6 +14,7 @@ import pytest
 
 from effbench import harness, registry, results
 from effbench.errors import RecordError, UsageError
+from effbench.schedule import _free
 from effbench.suite import Suite
 
 PLUGIN = '''
@@ -138,6 +139,31 @@ def test_a_run_killed_at_any_point_continues_and_ends_the_same(tmp_path: Path) -
     assert exact(out) == exact(undisturbed)
     for record in results.load_all(out)[0]:
         assert done.get(record.pipeline, {}).items() <= record.measured.items(), "a finished measure was run again"
+
+
+def order(at_once: int) -> list[tuple[str, str]]:
+    """In which order the stages of three rows begin, so many at once, where the one that began first ends first."""
+    waiting = [(pipeline, stage) for pipeline in ("dense", "a", "b") for stage in ("apply", "quality")]
+    busy: list[tuple[str, str]] = []
+    begun = []
+    while waiting or busy:
+        free = _free(waiting, busy)
+        if free and len(busy) < at_once:
+            waiting.remove(free[0])
+            busy.append(free[0])
+            begun.append(free[0])
+        else:
+            busy.pop(0)
+    return begun
+
+
+def test_no_row_is_applied_or_scored_before_dense_is_and_rows_are_applied_while_dense_is_scored() -> None:
+    rows = [(pipeline, stage) for pipeline in ("dense", "a", "b") for stage in ("apply", "quality")]
+    assert order(1) == rows
+    assert order(2) == [*rows[:3], ("b", "apply"), ("a", "quality"), ("b", "quality")]
+    slow = [("dense", "quality")]
+    assert _free(rows[2:], slow) == [("a", "apply"), ("b", "apply")]
+    assert _free(rows[3:4], slow) == [] and _free(rows[1:], [rows[0]]) == []
 
 
 def test_a_folder_of_another_question_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
