@@ -11,13 +11,14 @@ from conftest import SMALL, calibrated, random_system
 from golden_layer import agrees, golden_inputs, golden_linear
 from torch import Tensor, nn
 
-from effbench import store
+from effbench import models, store
+from effbench.data import WorldSource
 from effbench.errors import TechniqueError, UnfitError
 from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.registry import get, parse
 from effbench.technique import System
 from effbench.toolbox.int8 import Int8Linear
-from effbench.toolbox.walk import matrices
+from effbench.toolbox.walk import compress_blocks, matrices
 
 
 @torch.no_grad()
@@ -158,3 +159,35 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
 def test_an_option_out_of_range_is_named_with_what_was_got(wrong: str) -> None:
     with pytest.raises(TechniqueError, match=f"{wrong.partition('=')[0]} must .*got {wrong.partition('=')[2]}"):
         parse(f"smoothquant:{wrong}")
+
+
+@torch.inference_mode()
+def divergence(pipeline: str, variant: str, dense: Tensor, ids: Tensor) -> Tensor:
+    """Divergence from the dense predictions, the mean of each window of `ids`; "" is 8 bits without smoothing."""
+    system = models.load(f"ref-1m{variant}")
+    if pipeline:
+        system = calibrated(system, pipeline, system.context)
+    else:
+        compress_blocks(system.model, lambda linear, _: Int8Linear.pack(linear), None)
+    found = system.model(input_ids=ids).logits.float().log_softmax(-1)
+    return (dense.exp() * (dense - found)).sum(-1).mean(1)
+
+
+def test_smoothing_undoes_channels_that_stand_out_in_a_trained_model() -> None:
+    system = models.load("ref-1m")
+    ids = torch.stack([torch.from_numpy(row) for row in WorldSource(system.tokenizer).evaluation(256, 16).ids])
+    with torch.inference_mode():
+        dense = system.model(input_ids=ids).logits.float().log_softmax(-1)
+    plain, outliers = (divergence("", variant, dense, ids) for variant in ("", "@outliers"))
+    assert outliers.mean() > 5 * plain.mean()
+    smooth = [
+        divergence(f"smoothquant:alpha={alpha},samples=8", variant, dense, ids)
+        for alpha in (0.5, 0)
+        for variant in ("", "@outliers")
+    ]
+    # scales follow any power of two that was moved from a norm to its readers, whatever alpha is
+    for same, again in (smooth[:2], smooth[2:]):
+        assert (same.mean() - again.mean()).abs() < 0.05 * same.mean()
+    assert smooth[1].mean() < 0.2 * outliers.mean()
+    gain = smooth[3] - smooth[1]
+    assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
