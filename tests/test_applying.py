@@ -20,10 +20,10 @@ from effbench.toolbox.walk import matrices
         ("dense", []),
         ("sink_window", []),
         ("rtn:bits=4", [4, 16]),
-        ("magnitude:sparsity=0.5", [8, 16]),
-        ("magnitude:pattern=2:4", [8, 16]),
+        ("magnitude:sparsity=0.5", [9, 16]),
+        ("magnitude:pattern=2:4", [9, 16]),
         ("svd:keep=0.8+rtn:bits=8", [6.4, 8, 12.8]),
-        ("magnitude:sparsity=0.5+rtn:bits=4+sink_window", [2, 4, 8]),
+        ("magnitude:sparsity=0.5+rtn:bits=4+sink_window", [3, 4, 9]),
         ("bitnet:packing=1.6", [1.6, 16]),
     ],
 )
@@ -83,6 +83,7 @@ def test_experts_that_the_walk_does_not_find_count_as_untouched() -> None:
         ("rtn:bits=2", 2.5, False),
         ("magnitude:sparsity=0.5", 16.0, True),
         ("magnitude:sparsity=0.5+rtn:bits=4", 4.2, True),
+        ("sparsegpt:pattern=2:4+gptq:bits=4", 3.1, False),
         ("svd:keep=0.8+rtn:bits=8", 6.5, False),
     ],
 )

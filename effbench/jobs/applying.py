@@ -179,33 +179,33 @@ def promised_bits(techniques: list[Technique], dense_bits: float) -> list[float]
     """Bits per weight that the options promise, by their standard names; then without each of the techniques in turn.
 
     Empty if they promise none. `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity,
-    `bits` or `packing` replaces what a weight takes. Cache techniques speak of other bits.
+    `bits` or `packing` replaces what a weight takes. Where weights are left out, one bit for each says which stay.
+    Cache techniques speak of other bits.
     """
-    promises = [promise for technique in techniques if (promise := _promise(technique)) != (1.0, None)]
+    promises = [promise for technique in techniques if (promise := _promise(technique)) != (1.0, None, 0.0)]
     if not promises:
         return []
     without = [promises[:place] + promises[place + 1 :] for place in range(len(promises))]
     return [_together(some, dense_bits) for some in (promises, *without)]
 
 
-def _together(promises: list[tuple[float, float | None]], dense_bits: float) -> float:
-    share, bits = 1.0, dense_bits
-    for factor, replaced in promises:
-        share, bits = share * factor, bits if replaced is None else replaced
-    return share * bits
+def _together(promises: list[tuple[float, float | None, float]], dense_bits: float) -> float:
+    share, bits, mask = 1.0, dense_bits, 0.0
+    for factor, replaced, places in promises:
+        share, bits, mask = share * factor, bits if replaced is None else replaced, max(mask, places)
+    return share * bits + mask
 
 
-def _promise(technique: Technique) -> tuple[float, float | None]:
-    """The share of a matrix that stays, and the bits that a weight takes from here on."""
+def _promise(technique: Technique) -> tuple[float, float | None, float]:
+    """The share of a matrix that stays, the bits that a weight takes from here on, and those that say where it is."""
     if ".kv_cache." in type(technique).__module__:
-        return 1.0, None
+        return 1.0, None, 0.0
     options = {f.name: getattr(technique, f.name) for f in fields(technique)}
-    share = float(options.get("keep", 1.0))
     pattern = options.get("pattern", "unstructured")
     if pattern != "unstructured":
         zeros, run = (int(part) for part in pattern.split(":"))
-        share *= 1 - zeros / run
+        kept = 1 - zeros / run
     else:
-        share *= 1 - options.get("sparsity", 0.0)
+        kept = 1 - float(options.get("sparsity", 0.0))
     stored = options.get("bits", options.get("packing"))
-    return share, None if stored is None else float(stored)
+    return options.get("keep", 1.0) * kept, None if stored is None else float(stored), float(kept < 1)
