@@ -6,7 +6,8 @@ from the folder.
     model/                 config.json, structure.json, weights.safetensors
     parts/<name>/          the same for each part
 
-`structure.json` names the modules in which the model differs from what its config builds, by class and options.
+`structure.json` names the modules in which the model differs from what its config builds, by class and options, and
+the whole numbers that other modules know otherwise.
 Classes are looked up by name, and only in effbench and in registered techniques.
 """
 
@@ -132,7 +133,21 @@ def _structure(model: nn.Module) -> dict[str, Any]:
             with torch.device("meta"):
                 rebuilt = dict(type(module)(**options).named_modules(prefix=name))
             plain = {other: kept for other, kept in plain.items() if not other.startswith(name + ".")} | rebuilt
-    return {"dtype": str(model.dtype).removeprefix("torch."), "modules": changed}
+    numbers = {
+        name: differing
+        for name, module in model.named_modules()
+        if name not in changed and name in plain and (differing := _numbers(module, plain[name]))
+    }
+    return {"dtype": str(model.dtype).removeprefix("torch."), "modules": changed, "numbers": numbers}
+
+
+def _numbers(module: nn.Module, twin: nn.Module) -> dict[str, int]:
+    """Whole numbers that a module knows otherwise than its twin, such as the count of its heads."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if type(value) is int and type(getattr(twin, key, None)) is int and value != getattr(twin, key)
+    }
 
 
 def _made_as(module: nn.Module) -> tuple[Any, ...]:
@@ -158,6 +173,12 @@ def _load_model(folder: Path, device: Any) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, structure["dtype"]), **NO_CODE)
         for name, module in structure["modules"].items():
             replace_module(model, name, _class(module["class"], nn.Module)(**module["options"]))
+    for name, numbers in structure.get("numbers", {}).items():
+        module = model.get_submodule(name)
+        for key, value in numbers.items():
+            if type(value) is not int or type(getattr(module, key, None)) is not int:
+                raise ModelError(f"{folder} gives {name}.{key}, which is no whole number; save the system again")
+            setattr(module, key, value)
     for name, tensor in _read(folder / WEIGHTS):
         _assign(model, name, tensor.to(device))
     by_name = dict(_tensors(model))

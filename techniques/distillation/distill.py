@@ -16,8 +16,9 @@ from torch.nn import functional
 from effbench.errors import UnfitError
 from effbench.technique import CachePolicy, Data, System, Technique
 from effbench.toolbox.checks import within
+from effbench.toolbox.structure import keep_blocks
 from effbench.toolbox.training import Recipe, next_token_loss, train
-from effbench.toolbox.walk import blocks, matrices, replace_module
+from effbench.toolbox.walk import blocks, matrices
 
 
 @dataclass(frozen=True)
@@ -136,22 +137,11 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def with_blocks(model: Any, places: list[int]) -> Any:
     """A copy of `model` with only the blocks at `places`, renumbered, and a config that says so."""
-    name, layers = blocks(model)
-    depth = len(layers)
+    _, layers = blocks(model)
     # the blocks that are left out are not even copied: deepcopy takes them for done
-    left_out: dict[int, Any] = {id(layers[i]): None for i in range(depth) if i not in places}
+    left_out: dict[int, Any] = {id(layers[i]): None for i in range(len(layers)) if i not in places}
     smaller = copy.deepcopy(model, left_out)
-    kept = [block for block in smaller.get_submodule(name) if block is not None]
-    replace_module(smaller, name, nn.ModuleList(kept))
-    for place, block in enumerate(kept):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place
-    config = smaller.config
-    for key, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == depth and "layer" in key:
-            setattr(config, key, [value[place] for place in places])
-    config.num_hidden_layers = len(kept)
+    keep_blocks(smaller, places)
     return smaller
 
 
