@@ -92,7 +92,7 @@ def fact_bits() -> dict[str, list[float]]:
     found: dict[str, list[float]] = {FREQUENT: [], RARE: []}
     for person in people.people:
         for attribute in ATTRIBUTES:
-            if attribute not in getattr(person, "rumors", ()):  # what is disputed cannot be known
+            if attribute not in person.rumors:  # what is disputed cannot be known
                 found[FREQUENT if person.frequent else RARE].append(math.log2(len(people.values[attribute])))
     return found
 
