@@ -178,7 +178,7 @@ def _plan(model: Any, layers: nn.ModuleList, ids: Tensor) -> Plan | None:
     table, inside = model.get_input_embeddings(), set(layers.modules())
     embedding = next(name for name, module in model.named_modules() if module is table)
     ends = [n for n, m in model.named_modules() if m not in inside and _is_norm(m) and m is not table]
-    if type(table) is not nn.Embedding or len(ends) != 1 or _rms(model.get_submodule(ends[0])) is None:
+    if type(table) is not nn.Embedding or len(ends) != 1 or rms_parts(model.get_submodule(ends[0])) is None:
         return None
     norms = [name for name, module in layers.named_modules() if _is_norm(module)]
     given: dict[int, str] = {}
@@ -192,7 +192,7 @@ def _plan(model: Any, layers: nn.ModuleList, ids: Tensor) -> Plan | None:
         if tensors[0].data_ptr() in given:
             index, _, norm = given[tensors[0].data_ptr()].partition(".")
             fed[int(index)].setdefault(norm, []).append(name.partition(".")[2])
-    found = [_rms(block.get_submodule(norm)) for block, norms in zip(layers, fed, strict=True) for norm in norms]
+    found = [rms_parts(block.get_submodule(norm)) for block, norms in zip(layers, fed, strict=True) for norm in norms]
     if not all(fed) or any(norm is None for norm in found):
         return None
     return embedding, ends[0], fed
@@ -213,7 +213,7 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.ndim == 1 and not list(module.children())
 
 
-def _rms(norm: nn.Module) -> tuple[Tensor, float, float] | None:
+def rms_parts(norm: nn.Module) -> tuple[Tensor, float, float] | None:
     """What a root-mean-square norm multiplies by (width,), its eps, and what its weight is less than that by.
 
     `None` for any other norm: what it does is looked at, not its name.
@@ -234,7 +234,7 @@ def _rms(norm: nn.Module) -> tuple[Tensor, float, float] | None:
 
 def _turn_back(model: nn.Module, name: str, signs: Tensor) -> None:
     norm = model.get_submodule(name)
-    found = _rms(norm)
+    found = rms_parts(norm)
     assert found is not None
     factors, eps, _ = found
     dtype = norm.get_parameter("weight").dtype
@@ -248,7 +248,7 @@ def _rotate_block(block: nn.Module, norms: dict[str, list[str]], signs: Tensor) 
     reading = [name for readers in norms.values() for name in readers]
     for norm, readers in norms.items():
         module = block.get_submodule(norm)
-        found = _rms(module)
+        found = rms_parts(module)
         assert found is not None
         factors, _, offset = found
         for name in readers:

@@ -62,7 +62,7 @@ class Units:
 
 
 def keep_blocks(model: Any, places: Sequence[int]) -> None:
-    """Leave only the blocks at `places` in `model`, renumbered so that caches have no gaps, and a config that says so."""
+    """Leave only the blocks at `places`, renumbered so that caches have no gaps, and a config that says so."""
     name, layers = blocks(model)
     depth, kept = len(layers), [layers[place] for place in places]
     replace_module(model, name, nn.ModuleList(kept))
