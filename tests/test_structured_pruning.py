@@ -16,7 +16,7 @@ from effbench.measure.memory import cache_bytes, stored_bytes
 from effbench.registry import get
 from effbench.technique import System
 from effbench.toolbox.structure import channels, heads, keep_blocks, keep_units
-from effbench.toolbox.walk import as_linear, blocks
+from effbench.toolbox.walk import as_linear, blocks, is_matrix
 
 
 def module_of(name: str) -> Any:
@@ -272,3 +272,101 @@ def test_the_chosen_groups_lose_less_than_the_ones_that_matter_most() -> None:
 def test_unfit_reasons_are_raised_where_attention_is_unknown() -> None:
     with pytest.raises(UnfitError, match="no attention of plain matrices"):
         heads(nn.Sequential(nn.Linear(4, 4)))
+
+
+# --- SliceGPT
+
+
+def test_a_stream_that_is_only_turned_changes_no_logits(architecture: str, tmp_path: Path) -> None:
+    system = lively(architecture, 3)
+    before = logits(system)
+    ids = torch.arange(3, 15)[None]
+    text = generated(system, ids)
+    system = calibrated(system, "slicegpt:sliced=0,samples=8")
+    torch.testing.assert_close(logits(system), before, rtol=0, atol=1e-4)
+    assert torch.equal(generated(system, ids), text)
+    again = reloaded(system, tmp_path)
+    assert torch.equal(logits(again), logits(system)) and stored_bytes(again) == stored_bytes(system)
+
+
+def test_directions_that_the_stream_never_takes_are_cut_for_nothing() -> None:
+    system = lively("llama", 3)
+    mixed, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    for name, parameter in system.model.named_parameters():  # all that writes the stream stays within 40 directions
+        if name.endswith("embed_tokens.weight"):
+            parameter.data = parameter.data @ mixed[:, :40] @ mixed[:, :40].T
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data = mixed[:, :40] @ mixed[:, :40].T @ parameter.data
+    before = logits(system)
+    assert (logits(calibrated(lively("llama", 3), "slicegpt:sliced=0.375,samples=8")) - before).abs().max() > 0.01
+    system = calibrated(system, "slicegpt:sliced=0.375,samples=8")
+    torch.testing.assert_close(logits(system), before, rtol=0, atol=1e-4)
+
+
+def test_a_cut_stream_is_gone_from_the_bytes(architecture: str, tmp_path: Path) -> None:
+    system = random_system(architecture)
+    stored, cached = stored_bytes(system), cache_after(system, 16)
+    layers = blocks(system.model)[1]
+    d, n = 64, 48
+    norms = 2 * sum(p.numel() for k, p in layers.named_parameters() if "norm" in k or "ln_" in k)
+    norms -= 2 * sum(p.numel() for k, p in layers.named_parameters() if "q_norm" in k or "k_norm" in k)
+    readers, writers, new = 0, 0, 0
+    for block in layers:
+        for units in (heads(block), channels(block)):
+            for name in units.rows:
+                linear = as_linear(block.get_submodule(name))
+                readers += linear.out_features
+                has_norm_bias = architecture in ("gpt2", "opt", "gpt_neox")
+                new += linear.out_features * (has_norm_bias and linear.bias is None)
+            writer = as_linear(block.get_submodule(units.reader))
+            writers += writer.in_features + (writer.bias is not None)
+    shortcuts = len(layers) * (1 if architecture == "gpt_neox" else 2) * n * n
+    ends = 2 * d * n - d  # the last norm's weight went into one of them
+    system = calibrated(system, "slicegpt:samples=4")
+    assert stored_bytes(system) == stored - norms - 2 * (d - n) * (readers + writers) + 2 * (shortcuts + ends + new)
+    assert cache_after(system, 16) == cached
+    again = reloaded(system, tmp_path)
+    assert torch.equal(logits(again), logits(system)) and stored_bytes(again) == stored_bytes(system)
+
+
+# --- FoldGPT
+
+
+def test_groups_of_one_and_no_block_removed_change_nothing(architecture: str) -> None:
+    system = calibrated(random_system(architecture), "fold:sparsity=0,group_size=1")
+    assert torch.equal(logits(system), logits(random_system(architecture)))
+
+
+def test_shared_matrices_are_stored_once(architecture: str, tmp_path: Path) -> None:
+    dense, system = lively(architecture, 4), lively(architecture, 4)
+    stored = stored_bytes(system)
+    system = calibrated(system, "fold:sparsity=0,group_size=2")
+    layers = blocks(system.model)[1]
+    for block, twin in zip(layers, blocks(dense.model)[1], strict=True):
+        twin.load_state_dict(block.state_dict())
+    assert torch.equal(logits(dense), logits(system))
+    matrix = [as_linear(m) for m in layers[0].modules() if is_matrix(m)]
+    one = sum(m.weight.nbytes + (0 if m.bias is None else m.bias.nbytes) for m in matrix)
+    assert stored_bytes(system) == stored - 2 * one
+    again = reloaded(system, tmp_path)
+    assert torch.equal(logits(again), logits(system)) and stored_bytes(again) == stored - 2 * one
+    weights = (tmp_path / "system" / "model" / "weights.safetensors").stat().st_size
+    assert stored - 2 * one <= weights < stored - 2 * one + 16384  # the file's header
+    assert cache_after(system, 16) == cache_after(dense, 16)
+
+
+def test_a_block_that_adds_nothing_is_the_one_whose_gate_closes() -> None:
+    system = models.load("ref-1m")
+    idle = blocks(system.model)[1][1]
+    for name in (heads(idle).reader, channels(idle).reader):
+        idle.get_submodule(name).weight.data.zero_()
+    before = logits(system)
+    system = calibrated(system, "fold:sparsity=0.3,group_size=1,steps=8,batch_size=2,length=64")
+    assert len(blocks(system.model)[1]) == 2
+    torch.testing.assert_close(logits(system), before, rtol=0, atol=1e-5)
+
+
+def test_recovering_keeps_shared_matrices_shared() -> None:
+    system = calibrated(lively("llama", 4), "fold:sparsity=0")
+    stored = stored_bytes(system)
+    assert stored_bytes(calibrated(system, "recover:steps=2,batch_size=2,length=32")) == stored
