@@ -1,7 +1,8 @@
 """FWSVD: each input counts by the gradients of its weights when singular values are cut off.
 
-The whole loss is looked at, not a layer's output, but through a diagonal: one number for all weights of an input,
-which is the most that leaves the problem to a singular value decomposition.
+The whole loss is looked at, not a layer's output, but one number stands for all weights of an input, so that the
+problem stays a singular value decomposition. It holds for one matrix and a small change: a matrix alone mostly loses
+less than with plain `svd`, all of them together at a low rank may lose more.
 """
 
 from dataclasses import dataclass
