@@ -1,7 +1,7 @@
 """BitStack: each matrix a stack of sign and low-rank blocks, of which as many are loaded as the memory takes.
 
-Every block is made from what those before it have left. Which matrix gets the next block is found by trying: the one whose block
-lessens the model's loss on calibration text most.
+Every block is made from what those before it have left. Which matrix gets the next block is found by trying: the one
+whose block lessens the model's loss on calibration text most.
 """
 
 from dataclasses import dataclass
