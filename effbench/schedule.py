@@ -62,6 +62,11 @@ def record_for(out: Path, suite: Suite, pipeline: str) -> Record:
     return results.load(path) if path.is_file() else fresh
 
 
+def _is_whole(record: Record) -> bool:
+    """Whether all stages have measured what they measure."""
+    return {name for names in MEASURES.values() for name in names} <= set(record.measured)
+
+
 def _free(waiting: list[tuple[str, str]], busy: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """The stages of rows that may begin now: none of a row at work, and none that needs what dense has not done."""
     working = {pipeline for pipeline, _ in busy}
@@ -76,6 +81,10 @@ class Schedule:
     def __init__(self, suite: Suite, out: Path, scratch: Path, rows: list[Record], progress: Progress) -> None:
         assert suite.threads is not None
         self.suite, self.out, self.scratch, self.progress = suite, out, scratch, progress
+        for row in rows:
+            if row.status == "running" and _is_whole(row):  # the run was killed between its last measure and this
+                row.status = "ok"
+                results.save(row, out)
         self.dense, self.others = rows[0], [row for row in rows[1:] if row.status == "running"]
         self.beside = suite.rows_at_once
         self.timed: set[int] = set()
@@ -203,7 +212,7 @@ class Schedule:
             elif code != 0:
                 last = self.workers.log_tail(job) or f"exit code {code}"
                 record.status, record.reason = "failed", f"{doing} failed: {last}"
-            elif {name for names in MEASURES.values() for name in names} <= set(record.measured):
+            elif _is_whole(record):
                 record.status = "ok"
             results.save(record, self.out)
         self.progress.step(f"{pipeline}: {stage}")

@@ -137,6 +137,11 @@ def test_a_run_killed_at_any_point_continues_and_ends_the_same(tmp_path: Path) -
             done[record.pipeline] = record.measured
     assert start(out).wait() == 0
     assert exact(out) == exact(undisturbed)
+    last = results.load_all(out)[0][-1]
+    last.status = "running"  # as if killed between the last measure and the word that the row is complete
+    results.save(last, out)
+    assert start(out).wait() == 0
+    assert exact(out) == exact(undisturbed)
     for record in results.load_all(out)[0]:
         assert done.get(record.pipeline, {}).items() <= record.measured.items(), "a finished measure was run again"
 
