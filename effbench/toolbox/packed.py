@@ -196,6 +196,13 @@ class PackedLinear(StoredModule):
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
+def misfit(linear: nn.Linear, group_size: int) -> str | None:
+    """Why the rows of `linear` cannot be cut into groups of `group_size` inputs; `None` if they can, or for 0."""
+    if group_size and linear.in_features % group_size:
+        return f"its {linear.in_features} inputs do not divide into groups of {group_size}"
+    return None
+
+
 def tile_for(linear: nn.Linear, bits: int, group_size: int, scale_dtype: str) -> int:
     """The tile height with which the int4 kernel here could compute `linear` from packed codes; 0 if it could not.
 

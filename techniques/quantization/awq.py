@@ -18,7 +18,7 @@ from effbench.technique import Data, Inputs, LayerTechnique, System
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.folding import Fold, find_folds, find_products, fold
 from effbench.toolbox.grid import decode, encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.packed import PackedLinear, misfit, tile_for
 from effbench.toolbox.prepared import ScaledLinear
 from effbench.toolbox.walk import Block, as_linear, walk
 
@@ -61,9 +61,7 @@ class AWQ(LayerTechnique):
         one_of("scale_dtype", self.scale_dtype, ("float16", "float32"))
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
-        if self.group_size and linear.in_features % self.group_size:
-            return f"its {linear.in_features} inputs do not divide into groups of {self.group_size}"
-        return None
+        return misfit(linear, self.group_size)
 
     def calibration_size(self, system: System) -> dict[str, int]:
         return {"samples": self.samples, "length": min(system.context, 512)}

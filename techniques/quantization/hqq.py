@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.packed import PackedLinear, misfit, tile_for
 
 PENALTY, GROWTH = 10.0, 1.01
 """How dear it is that error and taken-out error differ, at first, and by what factor it grows with each turn."""
@@ -50,9 +50,7 @@ class HalfQuadratic(LayerTechnique):
         one_of("scale_dtype", self.scale_dtype, ("float16", "float32"))
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
-        if self.group_size and linear.in_features % self.group_size:
-            return f"its {linear.in_features} inputs do not divide into groups of {self.group_size}"
-        return None
+        return misfit(linear, self.group_size)
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
         tile = tile_for(linear, self.bits, self.group_size, self.scale_dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.packed import PackedLinear, misfit, tile_for
 from effbench.toolbox.sparse import drop_zeros, fits_two_four
 
 
@@ -45,9 +45,7 @@ class RoundToNearest(LayerTechnique):
         one_of("scale_dtype", self.scale_dtype, ("float16", "float32"))
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
-        if self.group_size and linear.in_features % self.group_size:
-            return f"its {linear.in_features} inputs do not divide into groups of {self.group_size}"
-        return None
+        return misfit(linear, self.group_size)
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
         weight = linear.weight.detach()
