@@ -14,7 +14,7 @@ from effbench.technique import Data, Inputs, System, Technique
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.compensation import Compensation
 from effbench.toolbox.grid import encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.packed import PackedLinear, misfit, tile_for
 from effbench.toolbox.rotation import TurnedLinear, rotate
 from effbench.toolbox.walk import blocks, compress_blocks, matrices, replace_module
 
@@ -59,8 +59,8 @@ class QuaRot(Technique):
         if not found:
             return "no plain weight matrix is left to turn: put this technique before the one that packs them"
         for name, linear in found:
-            if self.group_size and linear.in_features % self.group_size:
-                return f"{name}: its {linear.in_features} inputs do not divide into groups of {self.group_size}"
+            if reason := misfit(linear, self.group_size):
+                return f"{name}: {reason}"
         return None
 
     def apply(self, system: System, data: Data) -> System:

@@ -11,7 +11,7 @@ from effbench.technique import Inputs, LayerTechnique, System
 from effbench.toolbox.checks import one_of
 from effbench.toolbox.extras import lacks, require
 from effbench.toolbox.kernels.tiles import machine_tile, unpack_tiles
-from effbench.toolbox.packed import PackedLinear
+from effbench.toolbox.packed import PackedLinear, misfit
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class TorchAOInt4(LayerTechnique):
         return lacks("torchao", "torchao") or absent or super().unfit(system)
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
-        if linear.in_features % self.group_size:
-            return f"its {linear.in_features} inputs do not divide into groups of {self.group_size}"
+        if reason := misfit(linear, self.group_size):
+            return reason
         if linear.weight.device.type != "cpu":
             return "the library packs for this kernel on a CPU only"
         return None if torch.isfinite(linear.weight).all() else "it has weights that are not finite"
