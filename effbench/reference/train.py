@@ -45,19 +45,19 @@ class Size:
     layers: int
     feedforward: int
     tokens: int
+    head_dim: int = 32
 
 
 SIZES = {
-    "70k": Size(64, 2, 128, 6_000_000),
-    "150k": Size(64, 4, 128, 6_000_000),
-    "300k": Size(128, 2, 256, 6_000_000),
+    "70k": Size(64, 2, 128, 24_000_000),
+    "150k": Size(96, 2, 192, 16_000_000, head_dim=24),
+    "300k": Size(128, 2, 256, 12_000_000),
     "1m": Size(192, 3, 384, 6_000_000),
     "2m": Size(256, 3, 640, 6_000_000),
-    "3m": Size(256, 4, 768, 6_000_000),
+    "3m": Size(256, 4, 768, 9_000_000),
 }
 """By the number of parameters in the blocks, with the tokens of the shipped checkpoints; 150k and 2m do not ship."""
 
-HEAD_DIM = 32
 BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
 WARM_UP_STEPS = 30
@@ -85,7 +85,7 @@ SEEDS_APART = 10_000_000
 
 def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
     """A Llama with tied embeddings and two query heads to a key head."""
-    heads = size.width // HEAD_DIM
+    heads = size.width // size.head_dim
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=math.ceil(vocabulary / 64) * 64,
@@ -94,7 +94,7 @@ def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
             num_hidden_layers=size.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads // 2,
-            head_dim=HEAD_DIM,
+            head_dim=size.head_dim,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             pad_token_id=0,
@@ -114,19 +114,20 @@ def look_back(model: LlamaForCausalLM, sharpness: float = 6.0, frequencies: int 
     product is largest at that distance.
     """
     config = model.config
+    head_dim = config.head_dim
     embedding = model.model.embed_tokens.weight
     embedding[:, 0] = 4 * embedding.std()
     constant = (embedding[:, 0] / embedding.square().mean(1).sqrt()).mean()  # channel 0 behind the first norm
     angle = model.model.rotary_emb.inv_freq[:frequencies]
-    amplitude = math.sqrt(sharpness * math.sqrt(HEAD_DIM)) / constant
+    amplitude = math.sqrt(sharpness * math.sqrt(head_dim)) / constant
     attention = model.model.layers[0].self_attn
-    queries = attention.q_proj.weight.view(config.num_key_value_heads, -1, HEAD_DIM, config.hidden_size)
-    keys = attention.k_proj.weight.view(config.num_key_value_heads, HEAD_DIM, config.hidden_size)
+    queries = attention.q_proj.weight.view(config.num_key_value_heads, -1, head_dim, config.hidden_size)
+    keys = attention.k_proj.weight.view(config.num_key_value_heads, head_dim, config.hidden_size)
     queries[:, :, :frequencies, 0] += amplitude
     for head in range(config.num_key_value_heads):
         distance = 1 + head % 2
         keys[head, :frequencies, 0] += amplitude * torch.cos(distance * angle)
-        keys[head, HEAD_DIM // 2 : HEAD_DIM // 2 + frequencies, 0] += amplitude * torch.sin(distance * angle)
+        keys[head, head_dim // 2 : head_dim // 2 + frequencies, 0] += amplitude * torch.sin(distance * angle)
 
 
 def repeats(world: World, rows: int, length: int, seed: int, cycle: int = 64) -> tuple[np.ndarray, np.ndarray]:
