@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from calibrated_layers import LAYERS, calibrated_layer, computed, relative_error
-from conftest import logits, random_model, random_system
+from conftest import calibrated, logits, random_model, random_system
 from golden_layer import agrees, golden_inputs, golden_linear, output_error
 from torch import nn
 
 from effbench import store
-from effbench.data import Data, Windows
+from effbench.data import WorldSource
 from effbench.measure.memory import stored_bytes
-from effbench.registry import get, parse
-from effbench.technique import System
+from effbench.registry import get
 from effbench.toolbox.fisher import input_importance
 from effbench.toolbox.low_rank import Directions, rank_for, ranks_by_loss, refit
 from effbench.toolbox.packed import PackedLinear
@@ -100,24 +99,9 @@ def test_no_more_is_kept_than_asked_for_and_not_a_rank_less(keep: float) -> None
     assert keep * 96 * 64 - (96 + 64) < kept <= keep * 96 * 64
 
 
-class Words:
-    """Calibration text of random words, the same for the same seed."""
-
-    def evaluation(self, length: int, limit: int | None) -> Windows:
-        """Nothing here is evaluated."""
-        raise NotImplementedError
-
-    def training(self, count: int, length: int, seed: int) -> np.ndarray:
-        """Token ids (count, length)."""
-        return np.random.default_rng(seed).integers(3, 1024, (count, length))
-
-
-def calibrated(system: System, pipeline: str) -> System:
-    """`system` after a pipeline that may read text."""
-    for technique in parse(pipeline):
-        assert technique.unfit(system) is None
-        system = technique.apply(system, Data(Words(), context=32, load=lambda name: pytest.fail(name)))
-    return system
+def words(count: int, length: int) -> torch.Tensor:
+    """Token ids (count, length) of random words."""
+    return torch.from_numpy(np.random.default_rng(0).integers(3, 1024, (count, length)))
 
 
 EVERY = ["svd:keep=0.5", "asvd:keep=0.5", "fwsvd:keep=0.5,samples=2", "svd_llm:keep=0.5,samples=4"]
@@ -162,7 +146,7 @@ def test_factors_are_quantized_like_any_matrix(pipeline: str, tmp_path: Path) ->
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"], indirect=True)
 def test_importance_is_the_square_of_each_sequences_gradient(architecture: str) -> None:
     model = random_model(architecture, torch.float32)
-    ids = torch.from_numpy(Words().training(3, 16, 0))
+    ids = words(3, 16)
     found = input_importance(model, ids)
     assert found.keys() == {name for name, _ in matrices(model)}
     assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
@@ -210,7 +194,7 @@ def test_ranks_by_loss_lose_least_of_all_ranks() -> None:
 
 
 def test_allocation_by_loss_keeps_no_more_and_outputs_lose_less_in_all() -> None:
-    ids = torch.from_numpy(Words().training(4, 32, 0))
+    ids = torch.from_numpy(WorldSource(random_system("llama").tokenizer).training(4, 64, 0))
     model, lost = random_model("llama", torch.float32), {}
     grams = {
         f"{block.name}.{name}": inputs.gram

@@ -47,6 +47,14 @@ class Recipe:
         return self.lr * (self.steps - step) / max(1, self.steps - rising)
 
 
+def check_training(steps: int, batch_size: int, length: int, lr: float, *, fewest_steps: int = 1) -> None:
+    """Raises `ValueError` for options of a technique with which nothing can be trained."""
+    within("steps", steps, fewest_steps)
+    within("batch_size", batch_size, 1)
+    within("length", length, 2)
+    within("lr", lr, 0, open_ends=True)
+
+
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Cross-entropy of each token given those before it, in nats, averaged over batch and tokens."""
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())

@@ -17,7 +17,7 @@ from effbench.errors import UnfitError
 from effbench.technique import CachePolicy, Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.structure import keep_blocks
-from effbench.toolbox.training import Recipe, next_token_loss, train
+from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, matrices
 
 
@@ -54,10 +54,7 @@ class Distill(Technique):
         within("layers", self.layers, 0)
         within("alpha", self.alpha, 0, 1)
         within("temperature", self.temperature, 0, open_ends=True)
-        within("steps", self.steps, 0)
-        within("batch_size", self.batch_size, 1)
-        within("length", self.length, 2)
-        within("lr", self.lr, 0, open_ends=True)
+        check_training(self.steps, self.batch_size, self.length, self.lr, fewest_steps=0)
         within("tokens", self.tokens, 0)
         if self.student and self.layers:
             raise ValueError(f"layers must be 0 where a student is named, got {self.layers}")

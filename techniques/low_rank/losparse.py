@@ -14,7 +14,7 @@ from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.low_rank import Directions
 from effbench.toolbox.low_rank_rows import LowRankRowsLinear, RowImportance, most_important
-from effbench.toolbox.training import Recipe, next_token_loss, train
+from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, matrices, replace_module
 
 EVERY = 10
@@ -51,10 +51,7 @@ class LoSparse(Technique):
         within("keep", self.keep, 0, 1)
         within("low_rank", self.low_rank, 0, 1, open_ends=True)
         within("beta", self.beta, 0, 1)
-        within("steps", self.steps, 1)
-        within("batch_size", self.batch_size, 1)
-        within("length", self.length, 2)
-        within("lr", self.lr, 0, open_ends=True)
+        check_training(self.steps, self.batch_size, self.length, self.lr)
         if self.low_rank > self.keep:
             raise ValueError(f"low_rank must be at most keep, its part of which is for rows, got {self.low_rank}")
 

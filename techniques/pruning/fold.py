@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.structure import keep_blocks
-from effbench.toolbox.training import Recipe, next_token_loss, train
+from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, is_matrix, matrices
 
 
@@ -48,10 +48,7 @@ class Fold(Technique):
         within("sparsity", self.sparsity, 0, 1)
         within("group_size", self.group_size, 1)
         within("penalty", self.penalty, 0)
-        within("steps", self.steps, 1)
-        within("batch_size", self.batch_size, 1)
-        within("length", self.length, 2)
-        within("lr", self.lr, 0, open_ends=True)
+        check_training(self.steps, self.batch_size, self.length, self.lr)
 
     def unfit(self, system: System) -> str | None:
         layers = blocks(system.model)[1]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
-from effbench.toolbox.training import Recipe, next_token_loss, train
+from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, is_matrix, matrices, replace_module
 
 
@@ -71,10 +71,7 @@ class Recover(Technique):
     def __post_init__(self) -> None:
         within("rank", self.rank, 1)
         within("alpha", self.alpha, 0, open_ends=True)
-        within("steps", self.steps, 1)
-        within("batch_size", self.batch_size, 1)
-        within("length", self.length, 2)
-        within("lr", self.lr, 0, open_ends=True)
+        check_training(self.steps, self.batch_size, self.length, self.lr)
 
     def unfit(self, system: System) -> str | None:
         if not matrices(system.model):

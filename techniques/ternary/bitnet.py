@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.technique import Data, Inputs, LayerTechnique, System
-from effbench.toolbox.checks import one_of, within
+from effbench.toolbox.checks import one_of
 from effbench.toolbox.ternary import PACKINGS, TernaryLinear, TernaryTraining
-from effbench.toolbox.training import Recipe, next_token_loss, train
+from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, matrices, replace_module
 
 
@@ -40,10 +40,7 @@ class BitNet(LayerTechnique):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        within("steps", self.steps, 0)
-        within("batch_size", self.batch_size, 1)
-        within("length", self.length, 2)
-        within("lr", self.lr, 0, open_ends=True)
+        check_training(self.steps, self.batch_size, self.length, self.lr, fewest_steps=0)
         one_of("packing", self.packing, PACKINGS)
 
     def unfit_layer(self, linear: nn.Linear) -> str | None:
