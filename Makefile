@@ -2,13 +2,14 @@
 # make test   everything CI checks: lint, types, tests, generated text
 # make results   measure the committed leaderboard anew, and the tables made of it
 # make evidence  measure what is missing of the reference family's tables of claims
+# make pruning   the same of pruning and low rank
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit docs bench results evidence clean
+.PHONY: run test lint types unit docs bench results evidence pruning clean
 
 run: $(VENV)/.core
 	$(BIN)/effbench run
@@ -38,6 +39,9 @@ results: $(VENV)/.core
 
 evidence: $(VENV)/.core
 	$(BIN)/python -m effbench.evidence
+
+pruning: $(VENV)/.core
+	$(BIN)/python -m effbench.evidence results/pruning
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,12 +1,15 @@
-"""What the reference family shows: tables of claims about it, each beside the figures that bear it or do not.
+"""Tables of claims, each beside the figures that bear it or do not: of the reference family, of pruning.
 
-    python -m effbench.evidence       measures what is missing: suites -> committed records, small ones -> the page
-    python -m effbench.report.docs    makes the page anew from the committed records
+    python -m effbench.evidence [FOLDER]    measures what is missing: suites -> committed, small records -> the page
+    python -m effbench.report.docs          makes all pages anew from the committed records
 
 Rows are ordinary ones, of `effbench.harness.run`. How the family was trained is read from its training records.
 """
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent.parent.parent / "results" / "reference" / "evidence"
+_RESULTS = Path(__file__).parent.parent.parent / "results"
+FOLDER = _RESULTS / "reference" / "evidence"
 """Suites with their records, the training records of what does not ship, and the page."""
+PRUNING = _RESULTS / "pruning"
+"""The same of pruning and low rank."""

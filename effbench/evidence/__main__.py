@@ -8,13 +8,13 @@ from rich.console import Console
 from effbench.errors import EffbenchError
 from effbench.evidence import FOLDER
 from effbench.evidence.measure import measure
-from effbench.evidence.page import page
+from effbench.evidence.page import PAGES, page
 from effbench.report.progress import progress_for
 
 
 def main() -> int:
     """Measure and write; the exit code."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else FOLDER
     progress = progress_for(Console(stderr=True))
     try:
         measure(folder, progress)
@@ -23,7 +23,7 @@ def main() -> int:
         return 2
     finally:
         progress.stop()
-    (folder / "README.md").write_text(page(folder), encoding="utf-8")
+    (folder / "README.md").write_text(page(folder, PAGES.get(folder, PAGES[FOLDER])), encoding="utf-8")
     print(f"wrote {folder / 'README.md'}")
     return 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from effbench import harness, results, suite
 from effbench.columns import column
 from effbench.errors import RecordError
+from effbench.evidence.stories import tell
 from effbench.results import Record
 from effbench.schedule import Progress
 
@@ -20,6 +21,8 @@ SHARE = 1e-3
 def measure(folder: Path, progress: Progress | None = None) -> None:
     """Every suite of the folder. Rows stay that answer the same question by the same code, weights and text.
 
+    A suite whose model is a folder that is not here keeps the rows that it has.
+
     Raises `RecordError` where there are no suites, and what `effbench.harness.run` raises.
     """
     suites = sorted(folder.glob("*/suite.toml"))
@@ -27,6 +30,10 @@ def measure(folder: Path, progress: Progress | None = None) -> None:
         raise RecordError(f"{folder} holds no folder with a suite.toml; give one that does")
     for path in suites:
         asked = harness.resolve(suite.load(str(path)))
+        if asked.model.startswith(".") and not Path(asked.model).is_dir():
+            continue
+        if asked.calibration is not None:
+            tell(asked.model, Path(asked.calibration))
         inputs = results.inputs(asked.model, asked.text, asked.calibration)
         for old in (path.parent / "records").glob("*.json"):
             if not _answers(results.load(old), asked, inputs):

@@ -33,27 +33,29 @@ ASKED = {"ref-1m": PLAIN, "ref-3m": PLAIN, "ref-1m-outliers": STRESSED, "ref-3m-
 """By the folder of the suite."""
 
 
+NOTES = (
+    "Δnats: per token above dense, ± one standard error, paired over the same 256 windows of 511 tokens",
+    "50 % sparsity throughout; with `compare=row` weights compete within a row, with `compare=matrix` within a "
+    "matrix (SparseGPT: within each block of its columns), and only equals are compared",
+    "`bitnet:steps=0` rounds to ternary without training; `-outliers`: with outlier channels that leave the "
+    "function as it is, an artificial stressor",
+)
+
+
 def table(folder: Path) -> Table:
     """All orderings on all models."""
-    lines = [
-        _line(rows, *ordering)
-        for name, asked in ASKED.items()
-        for rows in [Rows.of(folder, name)]
-        for ordering in asked
-    ]
+    return of_rows([(Rows.of(folder, name), asked) for name, asked in ASKED.items()], NOTES)
+
+
+def of_rows(found: Sequence[tuple[Rows, Sequence[Ordering]]], notes: Sequence[str], title: str = "Orderings") -> Table:
+    """Each model's rows beside what is asked of them."""
     return Table(
-        "Orderings",
+        title,
         f"The better technique adds fewer nats than the worse one, by at least {ERRORS:.0f} paired standard errors "
         "and by the factor that is asked for.",
         ("model", "better", "Δnats", "worse", "Δnats", "difference", "z", "factor", "asked"),
-        lines,
-        after=(
-            "Δnats: per token above dense, ± one standard error, paired over the same 256 windows of 511 tokens",
-            "50 % sparsity throughout; with `compare=row` weights compete within a row, with `compare=matrix` within a "
-            "matrix (SparseGPT: within each block of its columns), and only equals are compared",
-            "`bitnet:steps=0` rounds to ternary without training; `-outliers`: with outlier channels that leave the "
-            "function as it is, an artificial stressor",
-        ),
+        [_line(rows, *ordering) for rows, asked in found for ordering in asked],
+        after=notes,
     )
 
 

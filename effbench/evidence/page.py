@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.evidence import facts, orderings, others, training
+from effbench.evidence import FOLDER, PRUNING, facts, orderings, others, pruning, training
 from effbench.evidence.table import Table
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A page: its title, the command that makes it, and from its folder the tables in their order."""
+
+    title: str
+    command: str
+    tables: Callable[[Path], list[Table]]
+
+
 def tables(folder: Path) -> list[Table]:
-    """All of them, in the page's order."""
+    """The reference family's."""
     return [
         *training.tables(folder),
         orderings.table(folder),
@@ -21,15 +32,17 @@ def tables(folder: Path) -> list[Table]:
     ]
 
 
-def page(folder: Path) -> str:
+PAGES = {
+    FOLDER: Shown("What the reference family shows", "make evidence", tables),
+    PRUNING: Shown("What pruning and low rank show", "make pruning", pruning.tables),
+}
+"""By the folder that a page and its records lie in."""
+
+
+def page(folder: Path, shown: Shown = PAGES[FOLDER]) -> str:
     """The page as Markdown."""
-    found = tables(folder)
-    head = [
-        "# What the reference family shows",
-        "",
-        "`make evidence` measures what is missing and writes this page.",
-        "",
-    ]
+    found = shown.tables(folder)
+    head = [f"# {shown.title}", "", f"`{shown.command}` measures what is missing and writes this page.", ""]
     return "\n".join([*head, *filter(None, map(_summary, found)), "", *(table.markdown() for table in found)])
 
 

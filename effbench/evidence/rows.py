@@ -30,6 +30,16 @@ class Rows:
         ended = frozenset(record.pipeline for record in found if record.status not in ("ok", "running"))
         return cls(name, fine, ended)
 
+    def joined(self, other: Rows) -> Rows:
+        """With those rows of `other` that this has not, if both are of the same weights in the same dtype."""
+        mine, theirs = self.get("dense"), other.get("dense")
+        if mine is None:
+            return other
+        if theirs is None or _weights(mine) != _weights(theirs):
+            return self
+        records = {**other.records, **self.records}
+        return Rows(self.name, records, (self.ended | other.ended) - records.keys())
+
     def get(self, pipeline: str) -> Record | None:
         """The row of this pipeline."""
         return self.records.get(pipeline)
@@ -44,3 +54,8 @@ class Rows:
         if one is None or two is None or not same_text(one, two):
             return None
         return nats_difference(one, two, kind)
+
+
+def _weights(record: Record) -> tuple[object, object]:
+    """What a model was loaded from, and as."""
+    return record.provenance.get("inputs", {}).get("weights"), record.settings.get("dtype")

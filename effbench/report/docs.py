@@ -11,7 +11,7 @@ from pathlib import Path
 
 from effbench import registry, results
 from effbench.columns import COLUMNS
-from effbench.evidence.page import page
+from effbench.evidence.page import PAGES, page
 from effbench.measure.derived import rows
 from effbench.report.markdown import markdown
 from effbench.report.table import VIEWS
@@ -36,8 +36,8 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
         if (suite.parent / "records").is_dir():
             records, _ = results.load_all(suite.parent)
             texts[suite.parent / "README.md"] = f"# {suite.parent.name}\n\n{markdown(rows(records))}"
-    shown = root / "results" / "reference" / "evidence"
-    texts[shown / "README.md"] = page(shown)
+    for folder, shown in PAGES.items():
+        texts[root / folder.relative_to(ROOT) / "README.md"] = page(root / folder.relative_to(ROOT), shown)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, content in blocks(root).items():
