@@ -12,6 +12,7 @@ from effbench.contract import check
 from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.registry import get
 from effbench.toolbox.grid import encode, fit_grid
+from effbench.toolbox.kernels import two_four
 from effbench.toolbox.packed import PackedLinear
 from effbench.toolbox.sparse import SparseLinear, SparsePackedLinear, drop_zeros, fits_two_four
 from effbench.toolbox.walk import matrices
@@ -119,6 +120,41 @@ def test_few_rows_go_through_the_sparse_product(dtype: torch.dtype, monkeypatch:
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=1e-2)
         if dtype == torch.float32:
             torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_layout_of_the_gpus_kernel_stores_the_same_in_as_many_bytes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made and read back on a CPU; what cannot be tried here is the product itself."""
+    linear = pruned(64, 128, dtype, pattern="2:4")
+    linear.weight.data[0, :8] = 0  # more zeros than the pattern asks for
+    plain = SparseLinear.pack(linear, "2:4")
+    kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", lambda _: None)  # it asks for a GPU
+    monkeypatch.setattr(two_four, "fits", lambda weight: True)
+    layer = SparseLinear.pack(linear, "2:4")
+    assert (plain.layout, layer.layout) == ("plain", "cutlass")
+    assert torch.equal(layer.dense(), linear.weight)
+    assert module_bytes(layer) == module_bytes(plain)
+    again = SparseLinear(**layer.options)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.dense(), linear.weight)
+    x = torch.randn(3, 128, dtype=dtype)
+    assert torch.equal(again(x), linear(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_a_two_four_product_on_a_gpu_is_that_of_the_matrix(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = pruned(128, 256, torch.bfloat16, pattern="2:4").cuda()
+    layer = SparseLinear.pack(linear, "2:4")
+    assert layer.layout == "cutlass"
+    monkeypatch.setattr(SparseLinear, "dense", lambda self: pytest.fail("the zeros were filled in"))
+    x = torch.randn(2, rows, 256, dtype=torch.bfloat16, device="cuda")
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), linear(x), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("format", "pattern"), FORMATS)

@@ -15,15 +15,18 @@ from effbench.report.progress import progress_for
 def main() -> int:
     """Measure and write; the exit code."""
     folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else FOLDER
+    shown = PAGES.get(folder, PAGES[FOLDER])
     progress = progress_for(Console(stderr=True))
     try:
         measure(folder, progress)
+        if shown.measure is not None:
+            shown.measure(folder)
     except EffbenchError as error:
         print(f"effbench: {error}", file=sys.stderr)
         return 2
     finally:
         progress.stop()
-    (folder / "README.md").write_text(page(folder, PAGES.get(folder, PAGES[FOLDER])), encoding="utf-8")
+    (folder / "README.md").write_text(page(folder, shown), encoding="utf-8")
     print(f"wrote {folder / 'README.md'}")
     return 0
 

@@ -12,11 +12,13 @@ from effbench.evidence.table import Table
 
 @dataclass(frozen=True)
 class Shown:
-    """A page: its title, the command that makes it, and from its folder the tables in their order."""
+    """A page: its title, the command that makes it, from its folder the tables in their order, and what is measured
+    for them beside the folder's suites."""
 
     title: str
     command: str
     tables: Callable[[Path], list[Table]]
+    measure: Callable[[Path], None] | None = None
 
 
 def tables(folder: Path) -> list[Table]:
@@ -34,7 +36,7 @@ def tables(folder: Path) -> list[Table]:
 
 PAGES = {
     FOLDER: Shown("What the reference family shows", "make evidence", tables),
-    PRUNING: Shown("What pruning and low rank show", "make pruning", pruning.tables),
+    PRUNING: Shown("What pruning and low rank show", "make pruning", pruning.tables, pruning.measure),
 }
 """By the folder that a page and its records lie in."""
 

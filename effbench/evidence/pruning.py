@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from effbench.evidence import FOLDER
+from effbench.evidence import FOLDER, crossovers, wide
 from effbench.evidence.orderings import Ordering, of_rows
 from effbench.evidence.rows import Rows
 from effbench.evidence.table import Table
@@ -56,4 +56,12 @@ def tables(folder: Path) -> list[Table]:
     return [
         of_rows([(found, ASKED) for found in rows], NOTES),
         of_rows([(found, OTHERS) for found in rows], EXPECTED, "Orderings that papers lead one to expect"),
+        wide.table(folder),
+        crossovers.table(folder),
     ]
+
+
+def measure(folder: Path) -> None:
+    """What is no row of a suite, unless it is there already: times on wide matrices."""
+    wide.measure(folder)
+    crossovers.measure(folder)

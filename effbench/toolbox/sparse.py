@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import decode
+from effbench.toolbox.kernels import two_four
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
 from effbench.toolbox.packed import PackedLinear
 from effbench.toolbox.stored import StoredModule
@@ -142,19 +143,29 @@ class SparseLinear(StoredModule):
     store: "bitmask", "2:4" or "csr".
     kept: how many weights are stored.
     bias, dtype: whether there is a bias, and the type of it and of the weights.
+    layout: of "2:4": "plain", or "cutlass" for the kernel of GPUs (see `effbench.toolbox.kernels.two_four`).
 
-    On a CPU, "csr" goes through torch's sparse product where it is the faster way. All else fills in the zeros for
-    a product and drops them after it.
+    On a CPU, "csr" goes through torch's sparse product where it is the faster way; on a GPU that has sparse tensor
+    cores, what was packed there as "2:4" goes through them. All else fills in the zeros for a product and drops them
+    after it.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, store: str, kept: int, bias: bool = False, dtype: str = "float32"
+        self,
+        in_features: int,
+        out_features: int,
+        store: str,
+        kept: int,
+        bias: bool = False,
+        dtype: str = "float32",
+        layout: str = "plain",
     ) -> None:
         one_of("store", store, STORES[1:])
-        super().__init__(
-            in_features=in_features, out_features=out_features, store=store, kept=kept, bias=bias, dtype=dtype
-        )
+        one_of("layout", layout, ("plain", "cutlass"))
+        options = {"store": store, "kept": kept, "bias": bias, "dtype": dtype, "layout": layout}
+        super().__init__(in_features=in_features, out_features=out_features, **options)
         self.in_features, self.out_features, self.store, self.kept = in_features, out_features, store, kept
+        self.layout, self._shape = layout, (out_features, in_features)
         self.values: Tensor = nn.Buffer(torch.empty(kept, dtype=getattr(torch, dtype)))
         if store == "csr":
             index = torch.int16 if in_features <= 32767 else torch.int32
@@ -174,16 +185,13 @@ class SparseLinear(StoredModule):
         weight = linear.weight.detach()
         kept = _keep(weight, store)
         out_features, in_features = weight.shape
-        module = cls(
-            in_features,
-            out_features,
-            store,
-            int(kept.sum()),
-            linear.bias is not None,
-            str(weight.dtype).removeprefix("torch."),
-        )
+        dtype = str(weight.dtype).removeprefix("torch.")
+        layout = "cutlass" if store == "2:4" and two_four.fits(weight) else "plain"
+        module = cls(in_features, out_features, store, int(kept.sum()), linear.bias is not None, dtype, layout)
         module.values = weight[kept]
-        if store == "csr":
+        if layout == "cutlass":
+            module.values, module.places = two_four.pack(weight)
+        elif store == "csr":
             module.columns = kept.nonzero()[:, 1].to(module.columns.dtype)
             module.starts = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
         else:
@@ -194,26 +202,35 @@ class SparseLinear(StoredModule):
 
     def dense(self) -> Tensor:
         """The weight matrix (out, in) with its zeros, made anew by each call."""
-        shape = self.out_features, self.in_features
+        if self.layout == "cutlass":
+            weight: Tensor = two_four.matrix(self.values, self.places, self._shape).to_dense()
+            return weight
         if self.store != "csr":
-            return _fill_in(self.values, self.places, self.store, shape)
-        weight = self.values.new_zeros(shape)
+            return _fill_in(self.values, self.places, self.store, self._shape)
+        weight = self.values.new_zeros(self._shape)
         rows = torch.repeat_interleave(self.starts.diff())
         weight[rows, self.columns.long()] = self.values
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.layout == "cutlass" and two_four.takes(x, self.values):
+            return nn.functional.linear(x, two_four.matrix(self.values, self.places, self._shape), self.bias)
+        return self.sparse_product(x) if self._multiplies_sparse(x) else self.filled_in_product(x)
+
+    def filled_in_product(self, x: Tensor) -> Tensor:
+        """The product with zeros that are filled in for it."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not self._multiplies_sparse(x):
-            return nn.functional.linear(x, self.dense().to(x.dtype), bias)
-        shape = (self.out_features, self.in_features)
+        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+
+    def sparse_product(self, x: Tensor) -> Tensor:
+        """The product by torch's CSR kernel, on a CPU, of a layer that is stored as "csr"."""
         # the product is there for int32 and float32 only: widened for a call, a few values cost little
         matrix = torch.sparse_csr_tensor(
-            self.starts, self.columns.int(), self.values.float(), shape, check_invariants=False
+            self.starts, self.columns.int(), self.values.float(), self._shape, check_invariants=not _csr_is_known()
         )
         product = (matrix @ x.reshape(-1, self.in_features).float().T).T.to(x.dtype)
         product = product.view(*x.shape[:-1], self.out_features)
-        return product if bias is None else product + bias
+        return product if self.bias is None else product + self.bias.to(x.dtype)
 
     def _multiplies_sparse(self, x: Tensor) -> bool:
         """Whether torch has a sparse product for this, and it is the faster way."""
@@ -221,7 +238,7 @@ class SparseLinear(StoredModule):
         able = self.store == "csr" and x.device.type == "cpu" and torch.backends.mkl.is_available() and not trained
         share, rows = self.kept / (self.in_features * self.out_features), x.numel() // self.in_features
         faster = rows > 0 and (share <= CSR_SHARE or share * rows <= CSR_ROWS)
-        return able and faster and _csr_is_known()
+        return able and faster
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

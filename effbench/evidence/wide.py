@@ -1,0 +1,142 @@
+"""Whether what pruning and low rank remove is gone from the time, too: a model wide enough to be bound by its matrices.
+
+Times are of one process that holds all systems and goes round them, so that what slows the machine slows all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effbench.evidence.table import NOT_YET, Line, Table, number
+from effbench.measure.statistics import paired_ratio
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from effbench.data import Windows
+    from effbench.technique import System
+
+RECORD = "wide.json"
+SIZES = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 16}
+PIPELINES = (
+    "shortgpt:sparsity=0.34",
+    "llm_pruner:sparsity=0.2",
+    "llm_pruner:sparsity=0.5",
+    "slicegpt:sliced=0.25",
+    "slicegpt:sliced=0.5",
+    "fold:sparsity=0.34,steps=1,batch_size=1,length=16",
+    "svd:keep=0.8",
+    "svd:keep=0.5",
+)
+ROUNDS, PROMPT, NEW = 9, 256, 9
+WITHIN = 0.15
+"""How far a ratio of times may be from that of parameters."""
+TIMED = ("decode", "prefill")
+
+
+class RandomText:
+    """Text without meaning, for a model without knowledge."""
+
+    def evaluation(self, length: int, limit: int | None) -> Windows:
+        """Nothing here is evaluated."""
+        raise NotImplementedError
+
+    def training(self, count: int, length: int, seed: int) -> np.ndarray:
+        """Token ids (count, length)."""
+        import numpy as np
+
+        return np.random.default_rng(seed).integers(3, 1024, (count, length))
+
+
+def random_llama(**sizes: int) -> System:
+    """A Llama with random weights in bfloat16 and a vocabulary that costs next to nothing."""
+    import torch
+    import transformers
+
+    from effbench.reference.tokenizer import build_tokenizer
+    from effbench.reference.world import World
+    from effbench.technique import System
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=1024, max_position_embeddings=2048, tie_word_embeddings=False, **sizes)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return System.dense(model.eval(), build_tokenizer(World().vocabulary))
+
+
+def systems() -> Iterator[tuple[str, System]]:
+    """The dense system and what each pipeline makes of it."""
+    from effbench.data import Data
+    from effbench.registry import parse
+
+    yield "dense", random_llama(**SIZES)
+    for pipeline in PIPELINES:
+        system = random_llama(**SIZES)
+        for technique in parse(pipeline):
+            system = technique.apply(system, Data(RandomText(), 64, load=lambda name: random_llama()))
+        yield pipeline, system
+
+
+def multiplied(model: nn.Module) -> int:
+    """Weights that a token meets in matrix products; one that several modules share counts for each of them."""
+    from torch import nn
+
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def measure(folder: Path) -> None:
+    """Write the times to `folder`, unless they are there already."""
+    if (folder / RECORD).is_file():
+        return
+    import torch
+
+    from effbench.measure.speed import one_round
+
+    torch.set_num_threads(1)
+    found = dict(systems())
+    prompt = torch.from_numpy(RandomText().training(1, PROMPT, 0))
+    seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in TIMED} for name in found}
+    for turn in range(ROUNDS + 1):
+        for name, system in found.items():
+            with torch.inference_mode():
+                prefill, decode, _ = one_round(system, prompt, NEW)
+            if turn:  # the first warms up
+                seconds[name]["prefill"].append(prefill)
+                seconds[name]["decode"].append(decode)
+    weights = {name: multiplied(system.model) for name, system in found.items()}
+    text = json.dumps({"sizes": SIZES, "torch": torch.__version__, "weights": weights, "seconds": seconds})
+    (folder / RECORD).write_text(text.replace("}, ", "},\n") + "\n", encoding="utf-8")
+
+
+def table(folder: Path) -> Table:
+    """Each pipeline's share of the weights beside its share of the time."""
+    lines = []
+    known = json.loads((folder / RECORD).read_text(encoding="utf-8")) if (folder / RECORD).is_file() else None
+    for pipeline in PIPELINES:
+        if known is None or pipeline not in known["weights"]:
+            lines.append(Line([f"`{pipeline}`", *[NOT_YET] * (1 + 2 * len(TIMED))]))
+            continue
+        share = known["weights"][pipeline] / known["weights"]["dense"]
+        cells, fits = [f"`{pipeline}`", number(share, 3)], []
+        for kind in TIMED:
+            ratio, low, high = paired_ratio(known["seconds"][pipeline][kind], known["seconds"]["dense"][kind])
+            cells += [f"{number(ratio, 3)} [{number(low, 3)}–{number(high, 3)}]", number(ratio / share, 2)]
+            fits.append(abs(ratio / share - 1) <= WITHIN)
+        lines.append(Line(cells, all(fits)))
+    sizes = ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {value:,}" for name, value in SIZES.items())
+    return Table(
+        "Time falls with the weights",
+        f"On a model bound by its matrices, the time of a new token and of a prompt falls in proportion to the weights "
+        f"that a token is multiplied with, within {100 * WITHIN:.0f} %.",
+        ("pipeline", "weights / dense", "decode / dense", "off", "prefill / dense", "off"),
+        lines,
+        after=(
+            f"a Llama with random weights in bfloat16: {sizes}; prompts of {PROMPT} tokens, one thread",
+            f"[ ] 95 % interval over {ROUNDS} rounds in turn; off: the time's ratio over that of the weights",
+            "a weight that several blocks share counts for each: `fold` saves memory by sharing, and time only by "
+            "the blocks that it removes",
+        ),
+    )
