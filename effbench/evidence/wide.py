@@ -89,14 +89,17 @@ def multiplied(model: nn.Module) -> int:
 
 def measure(folder: Path) -> None:
     """Write the times to `folder`, unless they are there already."""
-    if (folder / RECORD).is_file():
-        return
+    if not (folder / RECORD).is_file():
+        time_in_turn(folder, dict(systems()))
+
+
+def time_in_turn(folder: Path, found: dict[str, System]) -> None:
+    """Write what each system's rounds take, on one thread."""
     import torch
 
     from effbench.measure.speed import one_round
 
     torch.set_num_threads(1)
-    found = dict(systems())
     prompt = torch.from_numpy(RandomText().training(1, PROMPT, 0))
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in TIMED} for name in found}
     for turn in range(ROUNDS + 1):
