@@ -215,6 +215,19 @@ def test_a_config_that_can_say_the_smaller_shape_does(architecture: str, tmp_pat
     assert torch.equal(logits(System.dense(plain, system.tokenizer)), logits(system))
 
 
+def test_heads_that_no_config_can_count_are_saved_all_the_same(tmp_path: Path) -> None:
+    """Three heads of four in a stream 64 wide: transformers refuses a config whose width they do not divide."""
+    system = random_system("llama")
+    config = copy.deepcopy(system.config)
+    config.num_key_value_heads = 4
+    torch.manual_seed(0)
+    system = System.dense(type(system.model)(config).to(torch.bfloat16).eval(), system.tokenizer)
+    system = calibrated(system, "llm_pruner:sparsity=0.25")
+    assert {heads(block).count for block in blocks(system.model)[1]} == {3}
+    again = reloaded(system, tmp_path)
+    assert torch.equal(logits(again), logits(system)) and stored_bytes(again) == stored_bytes(system)
+
+
 def test_ends_are_left_whole_and_the_rest_makes_up_for_them() -> None:
     system = lively("llama", 16)
     layers = blocks(system.model)[1]

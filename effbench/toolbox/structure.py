@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -145,9 +146,10 @@ def write_config(model: Any, **values: int) -> bool:
     for key, value in values.items():
         setattr(config, key, value)
     try:
+        config = type(config)(**config.to_dict())
         with torch.device("meta"):
             twin = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError:  # sizes that this architecture does not divide into
+    except (ValueError, StrictDataclassError):  # sizes that this architecture, or its config, does not divide into
         return False
     same = {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     if same:
