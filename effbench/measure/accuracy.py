@@ -11,33 +11,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from effbench import registry
 from effbench.errors import TaskError
 from effbench.measure import questions
 from effbench.measure.encoding import Choices, Encoder
-from effbench.measure.quality import scored_through_cache, window_logits
+from effbench.measure.likelihood import Likelihoods
 from effbench.measure.questions import Questions, TaskResult, load_tasks, task_manager
 from effbench.registry import suggest
 from effbench.technique import System
-
-BATCH_TOKENS = 8192
-"""Tokens in a batch of contexts."""
 
 
 class SystemLM(Encoder):
     """Lets lm-eval score a `System`.
 
-    The choices of an item share their context: it is run once. Where all of them are single tokens nothing else
-    has to be; longer ones are run as context and choice. Systems with a cache policy of their own are scored
-    through their cache.
+    What choices share is run once (see `effbench.measure.likelihood`). Systems with a cache policy of their own are
+    scored through their cache.
     """
 
-    def __init__(self, system: System, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, system: System, batch_tokens: int | None = None) -> None:
         super().__init__(system.tokenizer)
-        self.system, self._batch_tokens = system, batch_tokens
-        self._through_cache = scored_through_cache(system)
+        self.system = system
+        self._likelihoods = Likelihoods(system, batch_tokens)
 
     @property
     def max_length(self) -> int:
@@ -56,79 +51,27 @@ class SystemLM(Encoder):
 
     def answer(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
         """The log-likelihood (choices,) of each choice after its context, and whether greedy decoding would give it."""
-        values, greedy = np.zeros(len(choices.lengths)), np.zeros(len(choices.lengths), bool)
-        self._answer_single(choices, values, greedy)
-        self._answer_longer(choices, values, greedy)
-        return values, greedy
-
-    def _answer_single(self, choices: Choices, values: np.ndarray, greedy: np.ndarray) -> None:
-        """Choices of one token: one pass over their context is for all of them."""
-        asked = np.flatnonzero(choices.lengths == 1)
-        asked = asked[np.argsort(choices.context_of[asked], kind="stable")]
-        contexts, firsts = np.unique(choices.context_of[asked], return_index=True)
-        groups = np.split(asked, firsts[1:])
-        wanted = np.zeros(len(choices.lengths), np.int64)
-        wanted[asked] = choices.tokens[choices.starts[asked]]
-        sequences = [choices.contexts[number][-self.max_length :] for number in contexts]
-        for places, logits in self._batches(sequences, [1] * len(sequences)):
-            log_probabilities = torch.log_softmax(logits[:, -1].float(), -1)
-            numbers = np.concatenate([groups[place] for place in places])
-            rows = np.repeat(np.arange(len(places)), [len(groups[place]) for place in places])
-            picked = log_probabilities[torch.from_numpy(rows), torch.from_numpy(wanted[numbers])]
-            values[numbers] = picked.cpu().numpy()
-            greedy[numbers] = wanted[numbers] == log_probabilities.argmax(-1).cpu().numpy()[rows]
-
-    def _answer_longer(self, choices: Choices, values: np.ndarray, greedy: np.ndarray) -> None:
-        """Choices of several tokens: each is run with its context, but for its last token."""
-        starts = choices.starts
-        numbers: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
-        for number in np.flatnonzero(choices.lengths != 1).tolist():
-            choice = choices.tokens[starts[number] : starts[number] + choices.lengths[number]]
-            context = choices.contexts[choices.context_of[number]]
-            room = max(1, self.max_length + 1 - len(choice))
-            sequence = (*context[-room:].tolist(), *choice[:-1].tolist())
-            numbers.setdefault(sequence, []).append((number, choice))
-        asked = list(numbers.values())
-        keeps = [max(len(choice) for _, choice in some) for some in asked]
-        for places, logits in self._batches([np.array(sequence) for sequence in numbers], keeps):
-            for place, row in zip(places, logits, strict=True):
-                for number, choice in asked[place]:
-                    wanted = torch.tensor(choice, device=row.device)
-                    log_probabilities = torch.log_softmax(row[-len(wanted) :].float(), -1)
-                    values[number] = float(log_probabilities.gather(-1, wanted[:, None]).sum())
-                    greedy[number] = bool((log_probabilities.argmax(-1) == wanted).all())
-
-    def _batches(self, sequences: Sequence[np.ndarray], keeps: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """The places of some sequences and the logits (sequences, `keep` or more, vocabulary) of their last tokens.
-
-        Sequences of one length run together, so no padding ever enters a cache; they come as they are done.
-        """
-        by_length: dict[int, list[int]] = {}
-        for place, sequence in enumerate(sequences):
-            by_length.setdefault(len(sequence), []).append(place)
-        for length, places in sorted(by_length.items(), reverse=True):
-            count = max(1, self._batch_tokens // length)
-            for start in range(0, len(places), count):
-                batch = places[start : start + count]
-                ids = torch.from_numpy(np.stack([sequences[place] for place in batch]))
-                keep = max(keeps[place] for place in batch)
-                yield batch, window_logits(self.system, ids, through_cache=self._through_cache, keep=keep)
+        return self._likelihoods.answer(choices)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that give every token as much context as they can."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        totals = []
-        for request in requests:
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            values, _ = self.answer(Choices.of([make_disjoint_window(window) for window in windows]))
-            totals.append(float(values.sum()))
-        return totals
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        values, _ = self.answer(Choices.of([window for text in windows for window in text]))
+        ends = np.cumsum([len(text) for text in windows])
+        return [float(values[end - len(text) : end].sum()) for text, end in zip(windows, ends, strict=True)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts continued through the system's own decoding policy."""
