@@ -2,17 +2,18 @@
 
 Bits stored for each weight, where a group is `width` inputs of one row (closed form, biases left out):
 
-    rows    bits + (16 + bits) / width     float16 scales, zero points of `bits` bits
-            bits + 16 / width              the same without zero points (`zeros="middle"`)
-            bits + 32 / width              float16 scales, float16 zero points
-    tiles   4 + 32 / width                 the int4 kernel's own layout: a (scale, zero) pair of bfloat16
+    rows, tiles of 16 rows      bits + (16 + bits) / width     float16 scales, zero points of `bits` bits
+                                bits + 16 / width              the same without zero points (`zeros="middle"`)
+                                bits + 32 / width              float16 scales, float16 zero points
+    tiles of 64 or 32 rows      4 + 32 / width                 as ATen's int4 kernel has it: a (scale, zero) pair
+                                                               of bfloat16
 
 There is one copy of a weight, and it is the packed one: what is unpacked for a product is dropped after it.
 """
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from effbench.errors import UnfitError
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import decode
+from effbench.toolbox.kernels import compiled, words
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
 from effbench.toolbox.kernels.cpu import INT4_ROWS, INT8_ROWS, int4_product, int8_product, int8_readable, takes
-from effbench.toolbox.kernels.tiles import machine_tile, pack_tiles, unpack_tiles
+from effbench.toolbox.kernels.tiles import TILES, machine_tile, pack_tiles, unpack_tiles
 from effbench.toolbox.stored import StoredModule
 
 WEIGHTS_AT_ONCE = 1 << 18
@@ -37,12 +39,14 @@ class PackedLinear(StoredModule):
     zeros: how zero points are stored: "codes" for whole numbers of `bits` bits, "float16" or "float32" for any
         number, "middle" if all are 2^(bits - 1) and none is stored.
     scale_dtype: "float16" or "float32".
-    tile: 0, or the height of the tiles in which 4-bit codes are laid out for the int4 kernel (see `tile_for`);
-        scales and zeros are then bfloat16, whatever the two options say.
+    tile: 0, or the height of the tiles in which codes are laid out for a kernel (see `tile_for`). With 64 and 32,
+        scales and zeros are bfloat16, whatever the two options say; with 16, scales and zeros that are not "codes"
+        are float16.
     bias, dtype: whether there is a bias, and its type.
 
-    On a CPU, a few bfloat16 rows go through ATen's kernels: tiles through the int4 kernel, 8 bits with one scale
-    a row through the int8 kernel if the inputs are a multiple of 16. All else unpacks the codes and multiplies.
+    On a CPU, a few bfloat16 rows go through a kernel: tiles through the compiled one or, where there is none, those of
+    64 and 32 through ATen's for int4; 8 bits with one scale a row through ATen's for int8 if the inputs are a multiple
+    of 16. All else unpacks the codes and multiplies.
     """
 
     def __init__(
@@ -75,12 +79,18 @@ class PackedLinear(StoredModule):
         self.groups = in_features // group_size if group_size else 1
         if group_size and in_features % group_size:
             raise ValueError(f"group_size must divide the {in_features} inputs, got {group_size}")
-        if tile and (bits != 4 or out_features % tile):
-            raise ValueError(f"tile must be 0 or divide the {out_features} rows of 4-bit codes, got {tile}")
-        grids = (out_features, self.groups)
+        self.words = tile == words.TILE
+        if tile and not fits_tile(tile, out_features, in_features // self.groups, bits):
+            raise ValueError(
+                f"tile must be 0 or suit {out_features} rows of {bits}-bit codes in groups of "
+                f"{in_features // self.groups} inputs, got {tile}"
+            )
+        if self.words and (scale_dtype != "float16" or zeros == "float32"):
+            raise ValueError(f"tile {tile} has float16 scales and zero points, got {scale_dtype} and {zeros}")
+        grids = (self.groups, out_features) if self.words else (out_features, self.groups)
         codes_bytes = packed_bytes(out_features * in_features, bits)
         self.codes: Tensor = nn.Buffer(torch.empty(codes_bytes, dtype=torch.uint8))
-        if tile:
+        if tile and not self.words:
             self.scales_zeros: Tensor = nn.Buffer(torch.empty(self.groups, out_features, 2, dtype=torch.bfloat16))
         else:
             self.scales: Tensor = nn.Buffer(torch.empty(grids, dtype=getattr(torch, scale_dtype)))
@@ -122,7 +132,13 @@ class PackedLinear(StoredModule):
             dtype=str(bias.dtype if bias is not None else torch.float32).removeprefix("torch."),
         )
         middle = 2 ** (bits - 1)
-        if tile:
+        if module.words:
+            module.codes = words.pack_words(codes, bits)
+            module.scales = scales.T.to(torch.float16).contiguous()
+            if zeros is not None:
+                whole = zeros_dtype == "codes"
+                module.zeros = words.pack_masks(zeros.T, bits) if whole else zeros.T.to(torch.float16).contiguous()
+        elif tile:
             rounded = scales.bfloat16().float()
             shift = rounded * (middle - zeros.float()) if zeros is not None else torch.zeros_like(rounded)
             module.codes = pack_tiles(codes, tile)
@@ -144,8 +160,12 @@ class PackedLinear(StoredModule):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix (out, in) that the codes stand for, computed in float32 and made anew by each call."""
+        if dtype == torch.bfloat16 and (kernel := self._compiled()):
+            return kernel.unpacked(self._told(), self.out_features, self.in_features)
         scales, zeros, shifts = self._grids()
-        if self.tile:
+        if self.words:
+            codes = words.unpack_words(self.codes, self.out_features, self.in_features, self.bits)
+        elif self.tile:
             codes = unpack_tiles(self.codes, self.tile, self.out_features)
         else:
             codes = unpack(self.codes, self.out_features * self.in_features, self.bits)
@@ -161,7 +181,14 @@ class PackedLinear(StoredModule):
         return weight
 
     def _grids(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scales, zero points and, with tiles, what is added after them; each (out, groups) in float32."""
+        """Scales, zero points and, with ATen's tiles, what is added after them; each (out, groups) in float32."""
+        if self.words:
+            scales = self.scales.float().T
+            if self.options["zeros"] == "middle":
+                return scales, torch.full_like(scales, 2 ** (self.bits - 1)), None
+            whole = self.options["zeros"] == "codes"
+            zeros = words.unpack_masks(self.zeros, self.out_features, self.bits) if whole else self.zeros
+            return scales, zeros.float().T, None
         if self.tile:
             scales, shifts = self.scales_zeros.float().transpose(0, 1).unbind(-1)
             return scales, torch.full_like(scales, 8), shifts
@@ -182,15 +209,30 @@ class PackedLinear(StoredModule):
 
     def _kernel_product(self, x: Tensor) -> Tensor | None:
         """The rows of `x` times the weight by a kernel; `None` where there is none for it."""
+        rows = x.reshape(-1, self.in_features)
+        kernel = self._compiled() if takes(x, compiled.ROWS) else None
+        # without vectors of its own, ATen's kernel is the faster one for its tiles
+        if kernel and len(rows) <= kernel.rows and (self.words or kernel.vectors):
+            return kernel.product(rows.contiguous(), self._told(), self.out_features)
         if self.tile and self.tile == machine_tile() and takes(x, INT4_ROWS):
-            return int4_product(x.reshape(-1, self.in_features).contiguous(), self.codes, self.scales_zeros)
+            return int4_product(rows.contiguous(), self.codes, self.scales_zeros)
         if self.bits == 8 and self.groups == 1 and takes(x, INT8_ROWS):
             codes = self.codes.view(torch.int8).view(self.out_features, self.in_features)
             if int8_readable(codes):
                 scales, zeros, _ = self._grids()
-                rows = x.reshape(-1, self.in_features).contiguous()
-                return int8_product(rows, codes, scales.flatten(), zeros.flatten() - 128)
+                return int8_product(rows.contiguous(), codes, scales.flatten(), zeros.flatten() - 128)
         return None
+
+    def _compiled(self) -> compiled.Kernel | None:
+        """The compiled kernel, if it can read these codes where they are."""
+        return compiled.kernel() if self.tile and self.codes.device.type == "cpu" else None
+
+    def _told(self) -> tuple[Any, ...]:
+        """What the compiled kernel has to know of the weight."""
+        grids, kind = (self.scales, self.options["zeros"]) if self.words else (self.scales_zeros, "tiles")
+        zeros = self.zeros if kind in ("codes", "float16") else None
+        shape = self.out_features, self.in_features
+        return compiled.weights(self.codes, grids, zeros, shape, self.groups, self.bits, self.tile, kind)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -204,14 +246,21 @@ def misfit(linear: nn.Linear, group_size: int) -> str | None:
 
 
 def tile_for(linear: nn.Linear, bits: int, group_size: int, scale_dtype: str) -> int:
-    """The tile height with which the int4 kernel here could compute `linear` from packed codes; 0 if it could not.
+    """The height of the tiles with which a kernel could compute `linear` from packed codes; 0 if none could.
 
-    It needs 4 bits, a bfloat16 model on a CPU, groups of a multiple of 32 inputs and rows that fill whole tiles.
-    Scales asked for in float32 stay in float32, where it cannot be used either.
+    They need a bfloat16 model on a CPU, 4, 3 or 2 bits, groups of a multiple of 32 inputs and rows that fill whole
+    tiles. 4 bits take the tiles of ATen's kernel where there is one here, all else those of the compiled one.
+    Scales asked for in float32 stay in float32, where neither can be used.
     """
     weight = linear.weight
-    if bits != 4 or scale_dtype != "float16" or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+    if scale_dtype != "float16" or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return 0
-    tile = machine_tile()
+    tiles = (machine_tile(), words.TILE) if bits == 4 else (words.TILE,)
     width = group_size or linear.in_features
-    return tile if tile and width % 32 == 0 and linear.out_features % tile == 0 else 0
+    return next((tile for tile in tiles if tile and fits_tile(tile, linear.out_features, width, bits)), 0)
+
+
+def fits_tile(tile: int, out_features: int, width: int, bits: int) -> bool:
+    """Whether `out_features` rows of codes, in groups of `width` inputs, can be laid out in tiles of that height."""
+    known = bits in words.WIDTHS if tile == words.TILE else bits == 4 and tile in TILES
+    return known and out_features % tile == 0 and width % words.STEP == 0

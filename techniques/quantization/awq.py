@@ -18,7 +18,8 @@ from effbench.technique import Data, Inputs, LayerTechnique, System
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.folding import Fold, find_folds, find_products, fold
 from effbench.toolbox.grid import decode, encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, misfit, tile_for
+from effbench.toolbox.packed import misfit
+from effbench.toolbox.packing import Packing
 from effbench.toolbox.prepared import ScaledLinear
 from effbench.toolbox.walk import Block, as_linear, walk
 
@@ -184,22 +185,12 @@ class AWQ(LayerTechnique):
         clip: bool,
     ) -> nn.Module:
         """The module in the place of `linear`, whose scaled weight is that of `scaled`."""
-        tile = tile_for(linear, self.bits, self.group_size, self.scale_dtype)
-        stored = torch.bfloat16 if tile else getattr(torch, self.scale_dtype)
-        groups = scaled.weight.detach().unflatten(1, (-1, self.group_size or linear.in_features))
+        packing = Packing.of(linear, self.bits, self.group_size, self.symmetric, self.scale_dtype)
+        groups = packing.groups(scaled.weight)
         if clip:
             seen = Inputs.of(inputs)
-            groups = self._clipped(groups, seen.every(max(1, seen.tokens // CLIP_TOKENS)) / scales, stored)
-        grid_scales, zeros = fit_grid(groups, self.bits, symmetric=self.symmetric, dtype=stored)
-        packed = PackedLinear.pack(
-            encode(groups, grid_scales, zeros, self.bits).flatten(1),
-            grid_scales,
-            None if self.symmetric else zeros,
-            self.bits,
-            scaled.bias,
-            scale_dtype=self.scale_dtype,
-            tile=tile,
-        )
+            groups = self._clipped(groups, seen.every(max(1, seen.tokens // CLIP_TOKENS)) / scales, packing.dtype)
+        packed = packing.rounded(groups, scaled.bias)
         return packed if folded else ScaledLinear.of(packed, scales.to(getattr(torch, self.scale_dtype)))
 
     def _clipped(self, groups: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

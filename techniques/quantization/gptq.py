@@ -8,15 +8,14 @@ in the order of quantizing, groups in one piece, and the inputs are put in that 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.compensation import Compensation
-from effbench.toolbox.packed import PackedLinear, misfit, tile_for
+from effbench.toolbox.packed import misfit
+from effbench.toolbox.packing import Packing
 from effbench.toolbox.prepared import ReorderedLinear
-from effbench.toolbox.sparse import drop_zeros, fits_two_four
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class GPTQ(LayerTechnique):
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
         weight = linear.weight.detach()
-        tile = 0 if fits_two_four(weight) else tile_for(linear, self.bits, self.group_size, self.scale_dtype)
+        packing = Packing.of(linear, self.bits, self.group_size, self.symmetric, self.scale_dtype)
         way = Compensation(
             self.bits,
             self.group_size,
@@ -72,18 +71,9 @@ class GPTQ(LayerTechnique):
             self.static_groups,
             self.damping,
             self.block_size,
-            torch.bfloat16 if tile else getattr(torch, self.scale_dtype),
+            packing.dtype,
         )
         codes, scales, zeros, order = way.quantize(weight, Inputs.of(inputs).gram)
-        packed = PackedLinear.pack(
-            codes,
-            scales,
-            None if self.symmetric else zeros,
-            self.bits,
-            linear.bias,
-            scale_dtype=self.scale_dtype,
-            tile=tile,
-        )
-        if order is None:
-            return drop_zeros(packed, weight)
-        return ReorderedLinear.of(drop_zeros(packed, weight[:, order]), order)
+        weight = weight if order is None else weight[:, order]
+        packed = packing.pack(codes, scales, zeros, linear.bias, weight)
+        return packed if order is None else ReorderedLinear.of(packed, order)

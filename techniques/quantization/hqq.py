@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
-from effbench.toolbox.packed import PackedLinear, misfit, tile_for
+from effbench.toolbox.packed import misfit
+from effbench.toolbox.packing import Packing
 
 PENALTY, GROWTH = 10.0, 1.01
 """How dear it is that error and taken-out error differ, at first, and by what factor it grows with each turn."""
@@ -53,21 +54,12 @@ class HalfQuadratic(LayerTechnique):
         return misfit(linear, self.group_size)
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
-        tile = tile_for(linear, self.bits, self.group_size, self.scale_dtype)
-        stored = torch.bfloat16 if tile else getattr(torch, self.scale_dtype)
-        groups = linear.weight.detach().float().unflatten(1, (-1, self.group_size or linear.in_features))
-        scales, zeros = self._grids(groups, stored)
+        packing = Packing.of(linear, self.bits, self.group_size, scale_dtype=self.scale_dtype)
+        groups = packing.groups(linear.weight.float())
+        scales, zeros = self._grids(groups, packing.dtype)
         codes = self._codes(groups, scales, zeros).to(torch.uint8).flatten(1)
-        return PackedLinear.pack(
-            codes,
-            scales.squeeze(-1),
-            zeros.squeeze(-1),
-            self.bits,
-            linear.bias,
-            zeros_dtype=self.scale_dtype,
-            scale_dtype=self.scale_dtype,
-            tile=tile,
-        )
+        scales, zeros, weight = scales.squeeze(-1), zeros.squeeze(-1), linear.weight.detach()
+        return packing.pack(codes, scales, zeros, linear.bias, weight, zeros_dtype=self.scale_dtype)
 
     def _grids(self, groups: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scales and zero points (out, groups, 1) for `groups` (out, groups, width), rounded as they are stored."""

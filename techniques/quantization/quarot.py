@@ -7,14 +7,13 @@ So plain grids fit, for inputs too. Transforms that no weight can take in are do
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from effbench.technique import Data, Inputs, System, Technique
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.compensation import Compensation
-from effbench.toolbox.grid import encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, misfit, tile_for
+from effbench.toolbox.packed import PackedLinear, misfit
+from effbench.toolbox.packing import Packing
 from effbench.toolbox.rotation import TurnedLinear, rotate
 from effbench.toolbox.walk import blocks, compress_blocks, matrices, replace_module
 
@@ -76,16 +75,12 @@ class QuaRot(Technique):
 
     def packed(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> PackedLinear:
         """`linear` (out, in), turned already, as packed codes; `inputs` (tokens, in) are what goes into it."""
-        tile = tile_for(linear, self.bits, self.group_size, "float16")
-        stored = torch.bfloat16 if tile else torch.float16
-        if self.method == "gptq":
-            way = Compensation(self.bits, self.group_size, symmetric=True, damping=self.damping, dtype=stored)
-            codes, scales, _, _ = way.quantize(linear.weight, Inputs.of(inputs).gram)
-        else:
-            groups = linear.weight.detach().unflatten(1, (-1, self.group_size or linear.in_features))
-            scales, zeros = fit_grid(groups, self.bits, symmetric=True, mse=True, dtype=stored)
-            codes = encode(groups, scales, zeros, self.bits).flatten(1)
-        return PackedLinear.pack(codes, scales, None, self.bits, linear.bias, tile=tile)
+        packing = Packing.of(linear, self.bits, self.group_size, symmetric=True)
+        if self.method == "rtn":
+            return packing.rounded(packing.groups(linear.weight), linear.bias, mse=True)
+        way = Compensation(self.bits, self.group_size, symmetric=True, damping=self.damping, dtype=packing.dtype)
+        codes, scales, zeros, _ = way.quantize(linear.weight, Inputs.of(inputs).gram)
+        return packing.pack(codes, scales, zeros, linear.bias, linear.weight.detach())
 
     def _round_inputs(self, model: nn.Module) -> None:
         """Have every matrix in the blocks round what goes into it."""

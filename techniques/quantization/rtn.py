@@ -8,14 +8,12 @@ and lose far less at 2 and 3.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique
 from effbench.toolbox.checks import one_of, within
-from effbench.toolbox.grid import encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, misfit, tile_for
-from effbench.toolbox.sparse import drop_zeros, fits_two_four
+from effbench.toolbox.packed import misfit
+from effbench.toolbox.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,5 @@ class RoundToNearest(LayerTechnique):
         return misfit(linear, self.group_size)
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
-        weight = linear.weight.detach()
-        tile = 0 if fits_two_four(weight) else tile_for(linear, self.bits, self.group_size, self.scale_dtype)
-        stored = torch.bfloat16 if tile else getattr(torch, self.scale_dtype)
-        groups = weight.unflatten(1, (-1, self.group_size or linear.in_features))
-        scales, zeros = fit_grid(groups, self.bits, symmetric=self.symmetric, mse=self.mse, dtype=stored)
-        codes = encode(groups, scales, zeros, self.bits).flatten(1)
-        packed = PackedLinear.pack(
-            codes,
-            scales,
-            None if self.symmetric else zeros,
-            self.bits,
-            linear.bias,
-            scale_dtype=self.scale_dtype,
-            tile=tile,
-        )
-        return drop_zeros(packed, weight)
+        packing = Packing.of(linear, self.bits, self.group_size, self.symmetric, self.scale_dtype)
+        return packing.rounded(packing.groups(linear.weight), linear.bias, mse=self.mse)
