@@ -5,23 +5,16 @@ Exit codes: 0 done, 1 it did not work out or a regression was found, 2 the quest
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from effbench import options as opt
 from effbench.errors import EffbenchError, UsageError
+from effbench.report.output import console, print_json, print_table
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from effbench.measure.derived import Row
-
-WIDTH = 140
-"""Columns of a table that goes to a file or a pipe, unless COLUMNS says otherwise."""
 WORDS: type[Exception] = typer.BadParameter.__bases__[0]
 """The root of what typer raises for words it cannot make sense of."""
 
@@ -58,6 +51,8 @@ def run(
     tasks: opt.Tasks = None,
     text: opt.Text = None,
     calibration: opt.Calibration = None,
+    protocol: opt.Protocol = None,
+    window: opt.Window = None,
     limit: opt.Limit = None,
     device: opt.Device = None,
     dtype: opt.Dtype = None,
@@ -87,6 +82,8 @@ def run(
         tasks=tuple(name for names in tasks for name in names.split(",") if name) if tasks else None,
         text=text,
         calibration=calibration,
+        protocol=protocol,
+        window=window,
         limit=limit,
         device=device,
         dtype=dtype,
@@ -103,7 +100,7 @@ def run(
     from effbench import harness, results
     from effbench.measure.derived import rows as derive
 
-    progress = progress_for(_console(sys.stderr))
+    progress = progress_for(console(sys.stderr))
     try:
         folder = harness.run(question, out, progress)
     except KeyboardInterrupt:
@@ -114,7 +111,7 @@ def run(
     finally:
         progress.stop()
     rows = derive(results.load_all(folder)[0])
-    _print_table(rows)
+    print_table(rows)
     print(f"\nrecords: {folder}  (effbench show {folder})")
     if html and rows:
         from effbench.report.page import write
@@ -160,9 +157,9 @@ def list_(kind: opt.Kind = "techniques", as_json: opt.Json = False) -> None:
     from effbench.report import listing
 
     if as_json:
-        _print_json(listing.listing(kind))
+        print_json(listing.listing(kind))
     else:
-        listing.show(kind, _console(sys.stdout))
+        listing.show(kind, console(sys.stdout))
 
 
 @app.command()
@@ -184,7 +181,7 @@ def show(
     if rows and as_json:
         from effbench.report.frame import row_dicts
 
-        _print_json(row_dicts(rows))
+        print_json(row_dicts(rows))
     elif rows and as_csv:
         from effbench.report.frame import frame
 
@@ -194,7 +191,7 @@ def show(
 
         sys.stdout.write(markdown(rows))
     elif rows:
-        _print_table(rows)
+        print_table(rows)
     if html and rows:
         from effbench.report.page import write
 
@@ -247,28 +244,11 @@ def doctor(as_json: opt.Json = False, bandwidth: opt.Bandwidth = False) -> None:
 
     found = survey(bandwidth)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         from effbench.report import doctor as report
 
-        report.show(found, _console(sys.stdout))
-
-
-def _console(stream: Any) -> Console:
-    from rich.console import Console
-
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS") or WIDTH)
-    return Console(file=stream, width=width, markup=False)
-
-
-def _print_table(rows: list[Row]) -> None:
-    from effbench.report import terminal
-
-    terminal.show(rows, _console(sys.stdout))
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+        report.show(found, console(sys.stdout))
 
 
 def main(words: list[str] | None = None) -> int:

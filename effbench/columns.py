@@ -60,6 +60,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "nll_difference_stderr", "nats", "", True, 4, "standard error of the paired difference", derived=True, title="±"
     ),
+    Column("word_perplexity", "", "lower", True, 3, "the same nats over the words of the text, as the protocol counts"),
+    Column("byte_perplexity", "", "lower", True, 4, "the same nats over the UTF-8 bytes of the text"),
     Column("bits_per_byte", "bits", "lower", True, 4, "bits needed for a byte of text; comparable across tokenizers"),
     Column("accuracy", "", "higher", True, 3, "mean accuracy over the tasks", title="acc"),
     Column("accuracy_stderr", "", "", True, 3, "standard error of the mean accuracy", derived=True, title="±"),

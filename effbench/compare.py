@@ -23,9 +23,10 @@ from effbench.measure.derived import (
     same_text,
     strays,
 )
+from effbench.protocols import DOCUMENT
 from effbench.results import Record, load_all
 
-SETTINGS = ("dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
+SETTINGS = ("protocol", "window", "dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
 """What has to be the same for two rows to answer the same question; paths may differ, their content may not."""
 GROWING = ("stored_bytes", "bits_per_weight", "bits_per_weight_model", "cache_bytes_per_token", "cost_tokens")
 """Exact columns without an error: more is worse."""
@@ -116,7 +117,8 @@ def _read(folder: Path) -> dict[tuple[str, int], Row]:
 
 
 def _same_question(was: Record, now: Record, old: Path, new: Path) -> None:
-    one, other = ({**record.settings, "model": Path(record.model).name} for record in (was, now))
+    usual = {"protocol": DOCUMENT}  # what was measured before there were others
+    one, other = ({**usual, **record.settings, "model": Path(record.model).name} for record in (was, now))
     for name in ("model", *SETTINGS):
         if one.get(name) != other.get(name):
             raise RecordError(

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from effbench.technique import System
 
-WINDOW = 2048
-"""The longest window, in tokens, that is scored or trained on, as in the papers' tables; shorter contexts are kept."""
 CALIBRATION_SHARE = 0.25
 """How much of a user's only text is kept for calibration and training; the rest is evaluated."""
 
@@ -33,21 +31,40 @@ CALIBRATION_SHARE = 0.25
 class Windows:
     """Token ids to be scored: non-overlapping windows, each predicted from its own tokens only.
 
-    `kinds`, one number a token, says what sort of token it is where the text knows (see `kind_names`);
-    `bytes_scored` are the UTF-8 bytes of all tokens but the first of each window.
+    `kinds`, one number a token, says what sort of token it is where the text knows (see `kind_names`).
+    `read_only` tokens at the start of each window are not scored; unless given, the first one. `bytes_scored` are
+    UTF-8 bytes, `words_scored` runs of them without white space, both of what is scored. `text_tokens` are all
+    tokens of the text that the windows of up to `window_tokens` were cut from; 0 where that is not known.
     """
 
     ids: list[np.ndarray]
     bytes_scored: int
     kinds: list[np.ndarray] | None = None
     kind_names: tuple[str, ...] = ()
+    words_scored: int = 0
+    read_only: list[int] | None = None
+    text_tokens: int = 0
+    window_tokens: int = 0
+
+    @property
+    def firsts(self) -> list[int]:
+        """The place of the first scored token of each window."""
+        return self.read_only or [1] * len(self.ids)
+
+    @property
+    def scored(self) -> list[int]:
+        """How many tokens of each window are scored."""
+        return [len(ids) - first for ids, first in zip(self.ids, self.firsts, strict=True)]
 
     def save(self, path: Path) -> None:
         """Write it as arrays."""
         lengths = np.array([len(ids) for ids in self.ids])
         kinds = np.concatenate(self.kinds) if self.kinds is not None else np.zeros(0, np.uint8)
         names = np.array(self.kind_names, dtype=str)
-        np.savez(path, ids=np.concatenate(self.ids), lengths=lengths, kinds=kinds, names=names, bytes=self.bytes_scored)
+        counts = np.array([self.bytes_scored, self.words_scored, self.text_tokens, self.window_tokens])
+        firsts = np.array(self.firsts)
+        ids = np.concatenate(self.ids)
+        np.savez(path, ids=ids, lengths=lengths, kinds=kinds, names=names, counts=counts, firsts=firsts)
 
     @classmethod
     def load(cls, path: Path) -> Windows:
@@ -56,12 +73,17 @@ class Windows:
             cuts = stored["lengths"].cumsum()[:-1]
             kinds = np.split(stored["kinds"], cuts) if len(stored["kinds"]) else None
             names = tuple(str(name) for name in stored["names"])
-            return cls(np.split(stored["ids"], cuts), int(stored["bytes"]), kinds, names)
+            ids, firsts = np.split(stored["ids"], cuts), stored["firsts"].tolist()
+            scored_bytes, words, tokens, window = stored["counts"].tolist()
+            return cls(ids, scored_bytes, kinds, names, words, firsts, tokens, window)
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the tokens."""
-        return hashlib.sha256(b"".join(window.astype(np.int64).tobytes() for window in self.ids)).hexdigest()[:16]
+        """A fingerprint of the tokens, and of which are scored where that is not all but the first."""
+        content = [window.astype(np.int64).tobytes() for window in self.ids]
+        if set(self.firsts) != {1}:
+            content.append(repr(self.firsts).encode())
+        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
 class Source(Protocol):
@@ -92,7 +114,8 @@ class WorldSource:
         words = np.array([len(word.encode()) + 1 for word in self._world.vocabulary])
         ids = [row.astype(np.int64) for row in stream.ids]
         scored = int(sum(words[row[1:]].sum() for row in ids))
-        return Windows(ids, scored, list(stream.kinds), self._kinds)
+        tokens = sum(len(row) for row in ids)
+        return Windows(ids, scored, list(stream.kinds), self._kinds, tokens - len(ids), None, tokens, length)
 
     def training(self, count: int, length: int, seed: int) -> np.ndarray:
         return self._world.stream(count, length, self._train_seed + 1 + seed).ids.astype(np.int64)
@@ -142,8 +165,10 @@ class FileSource:
         windows = [window for window in windows if len(window) > 1][:limit]
         if not windows:
             raise TextError(f"{self.path} has too few tokens to score; give a longer text")
-        scored = sum(len(self._tokenizer.decode(window[1:]).encode()) for window in windows)
-        return Windows(windows, scored)
+        texts = [self._tokenizer.decode(window[1:]) for window in windows]
+        scored, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+        tokens = sum(map(len, self._evaluation))
+        return Windows(windows, scored, words_scored=words, text_tokens=tokens, window_tokens=length)
 
     def training(self, count: int, length: int, seed: int) -> np.ndarray:
         if len(self._training) < 2:
@@ -153,8 +178,8 @@ class FileSource:
         return np.stack([ids[start : start + length] for start in starts])
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a `.txt` or `.jsonl` file.
+def read_documents(path: Path, *, blank: bool = False) -> list[str]:
+    """The documents of a `.txt` or `.jsonl` file; those with nothing in them only if `blank`.
 
     Raises `TextError` where it is missing, empty or of another form.
     """
@@ -170,8 +195,9 @@ def read_documents(path: Path) -> list[str]:
         raise TextError(f"{path} is not UTF-8 text; convert it first") from None
     except (json.JSONDecodeError, KeyError, TypeError):
         raise TextError(f'{path} must have a JSON object with a "text" in each line, and has a line without') from None
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+    if not blank:
+        documents = [document for document in documents if document.strip()]
+    if not any(map(str.strip, documents)):
         raise TextError(f"{path} is empty; give a file with text in it")
     return documents
 

@@ -92,6 +92,7 @@ def check(suite: Suite) -> list[str]:
         if pipeline not in pipelines:
             pipelines.append(pipeline)
     _check_text(suite)
+    _check_window(suite, trust)
     if not set(suite.tasks) <= set(registry.tasks()):
         from effbench.measure.accuracy import check_tasks
 
@@ -113,6 +114,16 @@ def _check_text(suite: Suite) -> None:
 
         tokenizer = models.load_tokenizer(str(folder(suite.model.partition("@")[0])))
         FileSource(Path(suite.text), tokenizer)
+
+
+def _check_window(suite: Suite, trust: models.Trust) -> None:
+    """Raises `TextError` where the model's context is too short for the windows asked for, if that can be known."""
+    from effbench.protocols import DOCUMENT, window_tokens
+
+    if suite.protocol != DOCUMENT or suite.window:
+        context = models.context(suite.model, trust)
+        if context:
+            window_tokens(suite.protocol, suite.window, context)
 
 
 def default_folder(suite: Suite, inputs: dict[str, str]) -> Path:

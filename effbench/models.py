@@ -169,6 +169,22 @@ def load(
     return _load_checkpoint(name, kind, device, trust)
 
 
+def context(name: str, trust: Trust = CAREFUL) -> int | None:
+    """The tokens that a model was made for, without loading it; `None` where its config does not say."""
+    from transformers import AutoConfig
+
+    base = name.partition("@")[0]
+    path = str(reference.folder(base)) if base in reference.NAMES else str(Path(name).expanduser())
+    if (Path(path) / SAVED).is_file():
+        path = str(Path(path) / "model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust.remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if found else None
+
+
 def weights_bytes(name: str) -> int:
     """Bytes of a local model's weights on disk; 0 where they are not on this machine."""
     base = name.partition("@")[0]

@@ -34,6 +34,11 @@ Text = Annotated[str | None, _option("Text to evaluate, .txt or .jsonl. [default
 Calibration = Annotated[
     str | None, _option("Text that techniques may read. [default: the first quarter of --text]", "FILE")
 ]
+Protocol = Annotated[
+    Literal["document", "gptq", "lm-eval", "llama.cpp"] | None,
+    _option("Whose convention of perplexity the text is cut by. [default: document, ours]"),
+]
+Window = Annotated[int | None, _option("Tokens of a window of text. [default: the protocol's]", "N")]
 Limit = Annotated[int | None, _option("Items of each task and windows of text, at most. [default: all]", "N")]
 Device = Annotated[Literal["auto", "cpu", "cuda"] | None, _option("Where to run. [default: auto]")]
 Dtype = Annotated[Literal["bfloat16", "float16", "float32"] | None, _option("Of the dense model. [default: bfloat16]")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from effbench import models
+from effbench import models, protocols
 from effbench.errors import UsageError
 from effbench.registry import suggest
 
@@ -22,7 +22,8 @@ class Suite:
 
     techniques: pipelines, each a row; the dense model is always the first one. tasks: lm-eval names; empty with a
     reference model means the reference tasks. text, calibration: files (see `effbench.data`); a reference model
-    has its own. limit: at most so many items of each task and windows of text. batch, prompt_tokens, new_tokens,
+    has its own. protocol, window: how that text is cut and counted (see `effbench.protocols`). limit: at most so many
+    items of each task and windows of text. batch, prompt_tokens, new_tokens,
     rounds: what is timed, and how often. timeout_seconds: for each step of one row.
     """
 
@@ -32,6 +33,8 @@ class Suite:
     tasks: tuple[str, ...] = ()
     text: str | None = None
     calibration: str | None = None
+    protocol: str = protocols.DOCUMENT
+    window: int | None = None
     limit: int | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
@@ -52,6 +55,9 @@ class Suite:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.new_tokens < 2:
             raise UsageError(f"new_tokens must be at least 2, one to be timed after the first; got {self.new_tokens}")
+        protocols.check(self.protocol, self.window)
+        if self.protocol != protocols.DOCUMENT and self.text is None:
+            raise UsageError(f"the protocol {self.protocol} needs a text to cut: give one with --text FILE")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device must be auto, cpu or cuda, got {self.device!r}")
 

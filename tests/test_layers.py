@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "columns"},
     {"technique", "toolbox"},
-    {"registry", "models", "store", "suite", "data", "reference", "measure", "results"},
+    {"registry", "models", "store", "suite", "data", "protocols", "streams", "reference", "measure", "results"},
     {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "evidence"},
     {"cli", "options"},
 ]

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from effbench import models, results, store
-from effbench.data import WINDOW, Data, FileSource, Source, WorldSource
+from effbench.data import Data, FileSource, Source, WorldSource
 from effbench.measure.host import machine
+from effbench.protocols import DOCUMENT, WINDOW
 from effbench.reference import speaks_reference
 from effbench.results import Record
+from effbench.streams import StreamSource
 from effbench.suite import Suite
 from effbench.technique import System
 
@@ -61,6 +63,8 @@ def source_for(suite: Suite, system: System) -> Source | None:
     """Where this run's text comes from; `None` if there is none."""
     if suite.text is not None:
         calibration = Path(suite.calibration) if suite.calibration else None
+        if suite.protocol != DOCUMENT:
+            return StreamSource(Path(suite.text), system.tokenizer, calibration, suite.protocol)
         return FileSource(Path(suite.text), system.tokenizer, calibration)
     return WorldSource(system.tokenizer) if speaks_reference(system.tokenizer.get_vocab()) else None
 

@@ -23,11 +23,11 @@ def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None
     job = Job(out, suite, pipeline, system)
     loaded = job.load()
     windows = sharing.windows(job.out)
-    longest = max((len(ids) for ids in windows.ids), default=0) if windows else 0
+    longest = max((len(ids) - 1 for ids in windows.ids), default=0) if windows else 0
     if loaded.context < longest:
         job.record.status = "unfit"
         job.record.reason = (
-            f"its context of {loaded.context} tokens is shorter than the windows of {longest} it is scored on"
+            f"its context of {loaded.context} tokens is shorter than the windows of {longest + 1} it is scored on"
         )
         results.save(job.record, job.out)
         return
@@ -42,7 +42,15 @@ def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None
 def _score_text(record: Record, system: System, windows: Windows | None, path: Path) -> None:
     from effbench.measure.quality import DenseLogProbabilities, score
 
-    columns = ("perplexity", "nll_per_token", "bits_per_byte", "kl_to_dense", "top1_agreement")
+    columns = (
+        "perplexity",
+        "nll_per_token",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "kl_to_dense",
+        "top1_agreement",
+    )
     if windows is None:
         for name in columns:
             record.put(name, None, "no text was given (--text FILE)")
@@ -56,6 +64,15 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
     record.put("nll_per_token", found.nll_per_token)
     record.put("perplexity", found.perplexity)
     record.put("bits_per_byte", found.bits_per_byte(windows.bytes_scored))
+    for name, units in (("word_perplexity", windows.words_scored), ("byte_perplexity", windows.bytes_scored)):
+        record.put(name, found.perplexity_per(units) if units else None, "the text has none")
+    record.provenance["text"] = {
+        "tokens": sum(found.tokens),
+        "words": windows.words_scored,
+        "bytes": windows.bytes_scored,
+        "all_tokens": windows.text_tokens,
+        "window": windows.window_tokens,
+    }
     tokens = found.compared_tokens
     why = "its vocabulary has another width than the dense model's" if reference else "the dense model was not scored"
     record.put("kl_to_dense", sum(found.kl) / tokens if tokens else None, why)

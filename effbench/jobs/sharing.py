@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effbench.data import WINDOW, Source, Windows
+from effbench.data import Source, Windows
+from effbench.protocols import window_tokens
 from effbench.suite import Suite
 from effbench.technique import System
 
@@ -33,7 +34,8 @@ def write(out: Path, suite: Suite, dense: System, source: Source | None) -> str:
     """Make the text and the prompts; where the prompts come from, in words."""
     shared = folder(out)
     shared.mkdir(parents=True, exist_ok=True)
-    windows = source.evaluation(min(dense.context, WINDOW), suite.limit) if source else None
+    length = window_tokens(suite.protocol, suite.window, dense.context)
+    windows = source.evaluation(length, suite.limit) if source else None
     if windows:
         windows.save(shared / "windows.npz")
     prompts, origin = _prompts(suite, windows, dense.context, dense.config.vocab_size)

@@ -35,7 +35,7 @@ class Quality:
     def __init__(self, windows: Windows) -> None:
         count, self._windows = len(windows.ids), windows
         self.nats = [0.0] * count
-        self.tokens = [len(window) - 1 for window in windows.ids]
+        self.tokens = windows.scored
         self.kind_nats = {name: [0.0] * count for name in windows.kind_names}
         self.kind_tokens = {name: [0] * count for name in windows.kind_names}
         self.kl = [0.0] * count
@@ -53,7 +53,8 @@ class Quality:
         """The nats (tokens,) of window `place`."""
         self.nats[place] = float(nats.sum())
         if self._windows.kinds is not None:
-            kinds = torch.from_numpy(self._windows.kinds[place][1:].astype(np.int64)).to(nats.device)
+            first = self._windows.firsts[place]
+            kinds = torch.from_numpy(self._windows.kinds[place][first:].astype(np.int64)).to(nats.device)
             for number, name in enumerate(self._windows.kind_names):
                 self.kind_nats[name][place] = float(nats[kinds == number].sum())
                 self.kind_tokens[name][place] = int((kinds == number).sum())
@@ -71,6 +72,11 @@ class Quality:
     def bits_per_byte(self, bytes_scored: int) -> float:
         """Bits for each byte of the text that was scored."""
         return sum(self.nats) / math.log(2) / bytes_scored
+
+    def perplexity_per(self, units: int) -> float:
+        """exp of the mean over so many words or bytes in place of tokens; infinite where it does not fit a float."""
+        mean = sum(self.nats) / units
+        return math.exp(mean) if mean < 700 else math.inf
 
 
 def scored_through_cache(system: System) -> bool:
@@ -127,12 +133,14 @@ def score(
     if through_cache is None:
         through_cache = scored_through_cache(system)
     quality = Quality(windows)
+    firsts = windows.firsts
     for places, ids in _batches(windows, system.config.vocab_size):
-        logits = window_logits(system, ids, through_cache=through_cache, chunk=chunk)
+        fed = ids[:, : system.context]  # a window may be one token longer: its last one has only to be predicted
+        logits = window_logits(system, fed, through_cache=through_cache, chunk=chunk)
         for row, place in enumerate(places):
-            count, nats = len(windows.ids[place]) - 1, []
+            count, nats = quality.tokens[place], []
             for start in range(0, count, SLICE):
-                here = slice(start, min(start + SLICE, count))
+                here = slice(firsts[place] - 1 + start, firsts[place] - 1 + min(start + SLICE, count))
                 log_probabilities = torch.log_softmax(logits[row, here].float(), -1)
                 targets = ids[row, 1:][here].to(logits.device)
                 nats.append(-log_probabilities.gather(-1, targets[:, None])[:, 0].double())
@@ -150,8 +158,7 @@ class DenseLogProbabilities:
     """
 
     def __init__(self, path: Path, windows: Windows, vocabulary: int, *, write: bool) -> None:
-        lengths = np.array([len(window) - 1 for window in windows.ids])
-        self._starts = np.concatenate([[0], lengths.cumsum()])
+        self._starts = np.concatenate([[0], np.array(windows.scored).cumsum()])
         self._write = write
         self._path, self._beside = path, path.with_name(path.name + ".partial")
         self._array: np.ndarray

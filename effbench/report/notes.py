@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from effbench.measure.derived import Row
-from effbench.report.frame import why_missing
+from effbench.protocols import DOCUMENT, label
 from effbench.report.table import DASH, Table, View
 
 
@@ -30,7 +30,7 @@ def conditions(rows: Sequence[Row]) -> list[str]:
     said = []
     if "tokens" in record.samples:
         tokens = record.samples["tokens"]
-        said.append(f"text: {sum(tokens):,.0f} tokens in {len(tokens):,} windows")
+        said.append(f"text: {sum(tokens):,.0f} tokens in {len(tokens):,} windows{_protocols(rows)}")
     tasks = [items for name, items in record.samples.items() if name.startswith("correct/")]
     if tasks:
         chance = record.values.get("accuracy_chance")
@@ -43,6 +43,16 @@ def conditions(rows: Sequence[Row]) -> list[str]:
         said.append(f"time: {rounds} rounds of {prompt} + {new} tokens, batch {batch}")
     found = [" · ".join(said)] if said else []
     return found + [_machine(record.provenance)]
+
+
+def _protocols(rows: Sequence[Row]) -> str:
+    """By whose convention the text is scored, where it is not ours alone."""
+    names = sorted({label(row.record) for row in rows if "nll" in row.record.samples})
+    if names == [DOCUMENT]:
+        return ""
+    if len(names) == 1:
+        return f" by the protocol {names[0]}"
+    return f" in the first row; there are rows of several protocols ({', '.join(names)}), never in one column"
 
 
 def _machine(provenance: dict[str, Any]) -> str:
@@ -87,7 +97,7 @@ def dashes(table: Table) -> list[str]:
     for line in fine:
         for view, cell in zip(table.views, line.cells, strict=True):
             if cell.text == DASH:
-                grouped.setdefault(why_missing(line.row, view.name), {}).setdefault(view.title, []).append(line.label)
+                grouped.setdefault(view.why_missing(line.row), {}).setdefault(view.title, []).append(line.label)
     notes = []
     for reason, columns in grouped.items():
         labels = next(iter(columns.values()))
@@ -99,7 +109,7 @@ def dashes(table: Table) -> list[str]:
 def _empty(views: Sequence[View], rows: Sequence[Row]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for view in views if rows else ():
-        reasons.setdefault(why_missing(rows[0], view.name), []).append(view.title)
+        reasons.setdefault(view.why_missing(rows[0]), []).append(view.title)
     said = [f"{', '.join(titles)} {DASH} {reason}" for reason, titles in reasons.items()]
     return ["not measured: " + "; ".join(said)] if said else []
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from effbench.columns import BY_NAME, SCALES, decimal
 from effbench.measure.derived import Row
+from effbench.protocols import TEXT_COLUMNS, label
+from effbench.report.frame import why_missing
 
 DASH = "–"
 
@@ -17,7 +19,8 @@ class View:
     """One column of the table. Where there is too little width, those of the highest `rank` go first.
 
     error: the column written behind ±. interval: its two ends are written in brackets. beside: the column written
-    in parentheses. signed: written with its sign. optional: left out where no row differs from `usual`.
+    in parentheses. signed: written with its sign. optional: left out where no row differs from `usual`. of: shown
+    only for text scored by this protocol. protocol: the one of its rows, where the table has rows of several.
     """
 
     name: str
@@ -27,17 +30,31 @@ class View:
     beside: str = ""
     signed: bool = False
     usual: float | None = None
+    of: str = ""
+    protocol: str = ""
 
     @property
     def title(self) -> str:
         """What stands above it."""
         column = BY_NAME[self.name]
-        return column.title or column.name.replace("_", " ")
+        title = column.title or column.name.replace("_", " ")
+        return f"{title} ({self.protocol})" if self.protocol else title
+
+    def value(self, row: Row) -> float | None:
+        """This row's figure; none where its text was scored by another protocol."""
+        if self.protocol and label(row.record) != self.protocol:
+            return None
+        return row.values.get(self.name)
+
+    def why_missing(self, row: Row) -> str:
+        """Why there is none."""
+        return why_missing(row, f"{self.name} ({self.protocol})" if self.protocol else self.name)
 
 
 VIEWS = (
     View("perplexity", 2),
     View("nll_difference", 0, error="nll_difference_stderr", signed=True),
+    View("word_perplexity", 1, of="lm-eval"),
     View("accuracy", 3, error="accuracy_stderr"),
     View("kl_to_dense", 7),
     View("top1_agreement", 12),
@@ -90,11 +107,12 @@ class Table:
 def build(rows: Sequence[Row], views: Sequence[View] = VIEWS) -> Table:
     """The table of these rows, in their order. Rows that are not `ok` show their reason instead of figures."""
     fine = [row for row in rows if row.record.status == "ok"]
-    empty = tuple(view for view in views if all(row.values.get(view.name) is None for row in fine))
+    views = _by_protocol(fine, views)
+    empty = tuple(view for view in views if all(view.value(row) is None for row in fine))
     shown = [
         view
         for view in views
-        if view not in empty and (view.usual is None or any(row.values.get(view.name) != view.usual for row in fine))
+        if view not in empty and (view.usual is None or any(view.value(row) != view.usual for row in fine))
     ]
     formats = [_Format(view, fine) for view in shown]
     several = len({row.record.seed for row in rows}) > 1
@@ -106,6 +124,18 @@ def build(rows: Sequence[Row], views: Sequence[View] = VIEWS) -> Table:
         else:
             lines.append(Line(row, label, reason=_reason(row)))
     return Table(tuple(shown), tuple(layout.unit for layout in formats), tuple(lines), empty)
+
+
+def _by_protocol(rows: Sequence[Row], views: Sequence[View]) -> list[View]:
+    """The views that these rows can have; what depends on the text once for each protocol that it was scored by."""
+    labels = list(dict.fromkeys(label(row.record) for row in rows if row.values.get("perplexity") is not None))
+    found: list[View] = []
+    for view in views:
+        if view.of and not any(name.startswith(view.of) for name in labels):
+            continue
+        several = len(labels) > 1 and view.name in TEXT_COLUMNS
+        found.extend([replace(view, protocol=name) for name in labels] if several else [view])
+    return [view for view in found if view.protocol.startswith(view.of) or not view.protocol]
 
 
 def _reason(row: Row) -> str:
@@ -121,7 +151,7 @@ class _Format:
 
     def __init__(self, view: View, rows: Sequence[Row]) -> None:
         self.view, column = view, BY_NAME[view.name]
-        values = [abs(value) for row in rows if (value := row.values.get(view.name))]
+        values = [abs(value) for row in rows if (value := view.value(row))]
         self.factor, self.unit = column.scale(max(values, default=0.0))
         self.digits = column.digits
         if column.unit in SCALES:
@@ -132,7 +162,7 @@ class _Format:
 
     def cell(self, row: Row) -> Cell:
         """The cell of one row: the value with what belongs to it."""
-        view, value = self.view, row.values.get(self.view.name)
+        view, value = self.view, self.view.value(row)
         if value is None:
             return Cell(DASH)
         text = self._number(value)
