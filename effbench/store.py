@@ -3,8 +3,10 @@ from the folder.
 
     effbench.json          pipeline, cache and decoding policies, the parts' names
     tokenizer files        as transformers writes them
-    model/                 config.json, structure.json, weights.safetensors
+    model/                 config.json, structure.json, model.safetensors
     parts/<name>/          the same for each part
+
+A model that its config says all about is an ordinary checkpoint: transformers loads the folder `model/` by itself.
 
 `structure.json` names the modules in which the model differs from what its config builds, by class and options, and
 the whole numbers that other modules know otherwise.
@@ -34,7 +36,7 @@ from effbench.toolbox.stored import StoredModule
 from effbench.toolbox.walk import replace_module
 
 FORMAT = 1
-WEIGHTS = "weights.safetensors"
+WEIGHTS = "model.safetensors"
 NO_CODE = {"trust_remote_code": False}
 """Without it transformers would ask on a terminal whether to run what the folder brings."""
 DTYPES = {
@@ -114,7 +116,7 @@ def _save_model(model: nn.Module, folder: Path) -> None:
             unique[name] = tensor.detach().contiguous()
     structure = {**_structure(model), "shared": shared}
     (folder / "structure.json").write_text(json.dumps(structure, indent=1) + "\n", encoding="utf-8")
-    save_file(unique, folder / WEIGHTS)
+    save_file(unique, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:

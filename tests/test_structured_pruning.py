@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import calibrated, logits, random_system
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effbench import models, store
 from effbench.data import Data, WorldSource
@@ -210,9 +211,19 @@ def test_a_config_that_can_say_the_smaller_shape_does(architecture: str, tmp_pat
     assert system.config.num_key_value_heads == heads(block).count == 1
     assert system.config.num_attention_heads == 2
     assert system.config.intermediate_size == channels(block).count
-    system.model.save_pretrained(tmp_path)
-    plain = type(system.model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    assert torch.equal(logits(System.dense(plain, system.tokenizer)), logits(system))
+    assert torch.equal(ordinary(system, tmp_path), logits(system))
+
+
+def ordinary(system: System, folder: Path) -> torch.Tensor:
+    """The logits of a saved system that transformers alone has loaded."""
+    store.save(system, folder / "system", "pruned")
+    model = AutoModelForCausalLM.from_pretrained(folder / "system" / "model", dtype="auto").eval()
+    return logits(System.dense(model, AutoTokenizer.from_pretrained(folder / "system")))
+
+
+def test_fewer_blocks_are_an_ordinary_checkpoint(architecture: str, tmp_path: Path) -> None:
+    system = calibrated(random_system(architecture), "shortgpt:sparsity=0.5,samples=4")
+    assert torch.equal(ordinary(system, tmp_path), logits(system))
 
 
 def test_heads_that_no_config_can_count_are_saved_all_the_same(tmp_path: Path) -> None:
@@ -363,7 +374,7 @@ def test_shared_matrices_are_stored_once(architecture: str, tmp_path: Path) -> N
     assert stored_bytes(system) == stored - 2 * one
     again = reloaded(system, tmp_path)
     assert torch.equal(logits(again), logits(system)) and stored_bytes(again) == stored - 2 * one
-    weights = (tmp_path / "system" / "model" / "weights.safetensors").stat().st_size
+    weights = (tmp_path / "system" / "model" / "model.safetensors").stat().st_size
     assert stored - 2 * one <= weights < stored - 2 * one + 16384  # the file's header
     assert cache_after(system, 16) == cache_after(dense, 16)
 
