@@ -1,11 +1,13 @@
 """The page of pruning and low rank: its suites ask for what it shows, and rows of other weights are not mixed in."""
 
+import json
 from pathlib import Path
 
 from synthetic_records import record
+from torch import nn
 
 from effbench import registry, results, suite
-from effbench.evidence import FOLDER, PRUNING, pruning
+from effbench.evidence import FOLDER, PRUNING, crossovers, fisher, pruning, wide
 from effbench.evidence.measure import measure
 from effbench.evidence.page import PAGES, page
 from effbench.evidence.rows import Rows
@@ -51,3 +53,48 @@ def test_a_suite_whose_model_is_not_here_keeps_its_rows(tmp_path: Path) -> None:
     kept = results.save(record("dense"), tmp_path / "away").read_text()
     measure(tmp_path)
     assert (tmp_path / "away" / "records" / "dense--seed0.json").read_text() == kept
+
+
+def test_time_holds_where_it_falls_as_the_weights_do(tmp_path: Path) -> None:
+    shares = {"dense": 1.0, **{pipeline: 0.5 for pipeline in wide.PIPELINES}}
+    times = {**shares, wide.PIPELINES[1]: 0.56, wide.PIPELINES[2]: 0.6}
+    seconds = {
+        name: {kind: [time * (1 + 0.1 * turn) for turn in range(wide.ROUNDS)] for kind in wide.TIMED}
+        for name, time in times.items()
+    }
+    (tmp_path / wide.RECORD).write_text(json.dumps({"weights": shares, "seconds": seconds}))
+    lines = wide.table(tmp_path).lines
+    assert [line.holds for line in lines[:4]] == [True, True, False, True]
+    assert lines[1].cells[2].startswith("0.560 [0.560") and lines[1].cells[3] == "1.12"
+
+
+def test_weights_count_for_each_module_that_multiplies_with_them() -> None:
+    one, other = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+    other.weight = one.weight
+    assert wide.multiplied(nn.Sequential(nn.Embedding(9, 8), one, other)) == 64
+
+
+def test_a_sparse_product_is_bold_where_it_wins(tmp_path: Path) -> None:
+    rows = {str(count): [1.0, 1.0, 1.0] for count in crossovers.ROWS}
+    slow, fast = ({key: [by] * 3 for key in rows} for by in (4.0, 0.5))
+    found = {
+        str(s): {"dense": rows, "bitmask": slow, "csr": fast, "csr, filled in": slow} for s in crossovers.SPARSITIES
+    }
+    (tmp_path / crossovers.RECORD).write_text(json.dumps({"milliseconds": found}))
+    cells = {tuple(line.cells[:2]): line.cells[2:] for line in crossovers.table(tmp_path).lines}
+    assert set(cells["csr", "90 %"]) == {"**2.00**"} and set(cells["bitmask", "90 %"]) == {"0.25"}
+    assert set(cells["2:4", "50 %"]) == {"–"} and set(cells["dense, ms", ""]) == {"1.00"}
+
+
+def test_the_experiment_says_which_of_both_adds_less(tmp_path: Path) -> None:
+    noise = [1.0 + 0.01 * place for place in range(8)]
+    known = {"tokens": [100.0] * 8, "dense": noise}
+    for keep in fisher.KEEPS:
+        for part in fisher.PARTS:
+            known[f"svd:keep={keep} {part}"] = [value + 10 * part for value in noise]
+            known[f"fwsvd:keep={keep} {part}"] = [value + 12 * part**2 + 1e-3 * n for n, value in enumerate(noise)]
+    (tmp_path / "ref-1m").mkdir()
+    (tmp_path / "ref-1m" / fisher.RECORD).write_text(json.dumps(known))
+    lines = fisher.table(tmp_path, ["ref-1m", "ref-3m"]).lines
+    better = [line.cells[-1] for line in lines]
+    assert better == ["fwsvd"] * 4 + ["svd"] + ["fwsvd"] * 4 + ["svd"] + ["–"] * 10

@@ -28,13 +28,13 @@ def measure(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    found = {str(sparsity): _times(sparsity) for sparsity in SPARSITIES}
+    found = {str(sparsity): times(sparsity) for sparsity in SPARSITIES}
     about = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
     text = json.dumps({**about, "milliseconds": found})
     (folder / RECORD).write_text(text.replace("}, ", "},\n") + "\n", encoding="utf-8")
 
 
-def _times(sparsity: float) -> dict[str, dict[str, list[float]]]:
+def times(sparsity: float) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of a product by kind and number of rows, round by round; six matrices take turns."""
     import torch
     from torch import nn

@@ -30,7 +30,7 @@ def measure(folder: Path, progress: Progress | None = None) -> None:
         raise RecordError(f"{folder} holds no folder with a suite.toml; give one that does")
     for path in suites:
         asked = harness.resolve(suite.load(str(path)))
-        if asked.model.startswith(".") and not Path(asked.model).is_dir():
+        if not answerable(asked):
             continue
         if asked.calibration is not None:
             tell(asked.model, Path(asked.calibration))
@@ -45,6 +45,11 @@ def measure(folder: Path, progress: Progress | None = None) -> None:
                 results.path_of(record, path.parent).unlink()
             elif record.status != "running":
                 save_small(record, path.parent)
+
+
+def answerable(asked: suite.Suite) -> bool:
+    """Whether the model is here, if it is a folder."""
+    return not asked.model.startswith(".") or Path(asked.model).is_dir()
 
 
 def _answers(record: Record, asked: suite.Suite, inputs: dict[str, str]) -> bool:

@@ -90,11 +90,21 @@ def multiplied(model: nn.Module) -> int:
 def measure(folder: Path) -> None:
     """Write the times to `folder`, unless they are there already."""
     if not (folder / RECORD).is_file():
-        time_in_turn(folder, dict(systems()))
+        write(folder, dict(systems()))
 
 
-def time_in_turn(folder: Path, found: dict[str, System]) -> None:
-    """Write what each system's rounds take, on one thread."""
+def write(folder: Path, found: dict[str, System]) -> None:
+    """Write what each system's rounds take."""
+    import torch
+
+    seconds = in_turn(found)
+    weights = {name: multiplied(system.model) for name, system in found.items()}
+    text = json.dumps({"sizes": SIZES, "torch": torch.__version__, "weights": weights, "seconds": seconds})
+    (folder / RECORD).write_text(text.replace("}, ", "},\n") + "\n", encoding="utf-8")
+
+
+def in_turn(found: dict[str, System], rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each system's rounds, on one thread; one more round warms up."""
     import torch
 
     from effbench.measure.speed import one_round
@@ -102,16 +112,14 @@ def time_in_turn(folder: Path, found: dict[str, System]) -> None:
     torch.set_num_threads(1)
     prompt = torch.from_numpy(RandomText().training(1, PROMPT, 0))
     seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in TIMED} for name in found}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, system in found.items():
             with torch.inference_mode():
                 prefill, decode, _ = one_round(system, prompt, NEW)
-            if turn:  # the first warms up
+            if turn:
                 seconds[name]["prefill"].append(prefill)
                 seconds[name]["decode"].append(decode)
-    weights = {name: multiplied(system.model) for name, system in found.items()}
-    text = json.dumps({"sizes": SIZES, "torch": torch.__version__, "weights": weights, "seconds": seconds})
-    (folder / RECORD).write_text(text.replace("}, ", "},\n") + "\n", encoding="utf-8")
+    return seconds
 
 
 def table(folder: Path) -> Table:
