@@ -86,8 +86,8 @@ class DecodingPolicy:
 class System:
     """Everything that would ship.
 
-    `model(ids, position_ids=..., past_key_values=...).logits` is the door for quality; `new_cache()` gives the
-    cache that is to be filled; `generate(system, ids, max_new_tokens, temperature=..., seed=..., stop=...)` is
+    `toolbox.decoding.forward(model, ids, cache, start)` is the door for quality; `new_cache()` gives the cache
+    that is to be filled; `generate(system, ids, max_new_tokens, temperature=..., seed=..., stop=...)` is
     the door for speed; `parts` is whatever else ships, such as a draft model.
     """
 

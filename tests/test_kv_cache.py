@@ -18,7 +18,7 @@ from effbench.errors import TechniqueError, UnfitError
 from effbench.measure.memory import cache_bytes
 from effbench.measure.quality import window_logits
 from effbench.technique import System
-from effbench.toolbox.decoding import forward
+from effbench.toolbox.decoding import cache_argument, forward
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 40
@@ -188,7 +188,7 @@ def test_a_model_that_masks_for_itself_is_not_given_evicted_keys() -> None:
     system = streaming(build("llama"))
     cache = system.new_cache()
     with pytest.raises(RuntimeError, match="feed them through effbench.toolbox.decoding.forward"):
-        system.model(input_ids=text(30), past_key_values=cache)
+        system.model(input_ids=text(30), **{cache_argument(system.model): cache})
 
 
 @pytest.mark.parametrize("positions", ["cache", "original"])

@@ -16,6 +16,7 @@ from effbench.errors import UnfitError
 from effbench.measure.memory import cache_bytes, stored_bytes
 from effbench.registry import get
 from effbench.technique import System
+from effbench.toolbox.decoding import forward
 from effbench.toolbox.structure import channels, heads, keep_blocks, keep_units
 from effbench.toolbox.walk import as_linear, blocks, is_matrix
 
@@ -108,7 +109,7 @@ def test_a_block_that_adds_nothing_has_no_influence_and_goes_first(architecture:
 def cache_after(system: System, tokens: int) -> int:
     cache = system.new_cache()
     with torch.inference_mode():
-        system.model(input_ids=torch.arange(3, 3 + tokens)[None], past_key_values=cache)
+        forward(system.model, torch.arange(3, 3 + tokens)[None], cache, 0)
     return cache_bytes(cache)
 
 

@@ -61,13 +61,20 @@ def _pass(
     model: nn.Module, ids: Tensor, cache: Cache, start: int, mask: Tensor | dict[str, Tensor] | None, last: bool
 ) -> Tensor:
     positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-    more: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+    more: dict[str, Any] = {cache_argument(model): cache}
+    if mask is not None:
+        more["attention_mask"] = mask
     if last and ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
         # A prompt's other logits are never looked at, and over a large vocabulary they outweigh the model.
         more["logits_to_keep"] = 1
-    output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **more)
+    output = model(input_ids=ids, position_ids=positions, use_cache=True, **more)
     logits: Tensor = output.logits
     return logits[:, -1:] if last else logits
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the cache that it is given: transformers 5.24 renamed it, and warns of the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
