@@ -238,11 +238,11 @@ def check(technique: opt.Technique) -> None:
 
 
 @app.command()
-def doctor(as_json: opt.Json = False, bandwidth: opt.Bandwidth = False) -> None:
+def doctor(as_json: opt.Json = False, measure: opt.Measure = False) -> None:
     """Say what this machine can run and measure, and what to install for more."""
     from effbench.measure.host import survey
 
-    found = survey(bandwidth)
+    found = survey(measure)
     if as_json:
         print_json(found)
     else:

@@ -28,7 +28,15 @@ from effbench.results import Record, load_all
 
 SETTINGS = ("protocol", "window", "dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
 """What has to be the same for two rows to answer the same question; paths may differ, their content may not."""
-GROWING = ("stored_bytes", "bits_per_weight", "bits_per_weight_model", "cache_bytes_per_token", "cost_tokens")
+GROWING = (
+    "stored_bytes",
+    "bits_per_weight",
+    "bits_per_weight_model",
+    "cache_bytes_per_token",
+    "decode_bytes_per_token",
+    "decode_operations_per_token",
+    "cost_tokens",
+)
 """Exact columns without an error: more is worse."""
 RANK = {"ok": 0, "unfit": 1}
 """How good a status is; every other one is worse."""

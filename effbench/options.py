@@ -58,7 +58,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Csv = Annotated[bool, typer.Option("--csv", help="As CSV.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="As a GitHub Markdown table.")]
-Bandwidth = Annotated[bool, typer.Option("--bandwidth", help="Also measure memory bandwidth (a second).")]
+Measure = Annotated[bool, typer.Option("--measure", help="Measure the machine's limits and keep them (seconds).")]
 Speed = Annotated[float, _option("Change of a ratio of times that counts.", "SHARE")]
 Memory = Annotated[float, _option("Growth of a peak that counts.", "SHARE")]
 Nats = Annotated[float, _option("Change in nats per token that counts.", "NATS")]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from effbench.errors import EffbenchError, UnfitError
 from effbench.jobs import sharing
 from effbench.jobs.row import Job
-from effbench.measure import memory
+from effbench.measure import limits, memory, roofline
 from effbench.measure.energy import meter
 from effbench.measure.speed import one_round
 from effbench.results import Record
@@ -34,6 +35,8 @@ COLUMNS = (
     "decode_seconds_per_token",
     "tokens_per_pass",
     "acceptance_rate",
+    *roofline.WORK,
+    "idealized_seconds",
     "joules_per_token",
     "peak_bytes",
     "peak_growth_bytes",
@@ -75,6 +78,8 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
     _put_times(record, ours, theirs)
     record.put("tokens_per_pass", new / (passes + len(given) - 1))
     record.put("acceptance_rate", accepted / proposed if proposed else None, "nothing is drafted")
+    threads = torch.get_num_threads()
+    roofline.measure(record, system, given[1], suite.new_tokens, limits.known(system.device.type, threads))
     total = suite.batch * (len(given) - 1) * suite.new_tokens
     record.put("joules_per_token", joules / total if energy.source else None, energy.reason)
     record.provenance["energy_source"] = energy.source

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from effbench.measure import roofline
 from effbench.measure.statistics import mean_and_stderr, paired_difference, paired_ratio
 from effbench.results import Record
 
@@ -61,6 +62,10 @@ def _row(record: Record, dense: Record | None) -> Row:
     if record.cost and record.cost.get("joules") is None:
         missing["cost_joules"] = record.missing.get("joules_per_token", "no energy counter on this machine")
     _accuracy_errors(record, values)
+    if record.status == "ok":
+        near, why = roofline.shares(record)
+        values |= near
+        missing |= why
     if dense is not None:
         _against_dense(record, dense, values, missing, noise)
     elif record.status == "ok":

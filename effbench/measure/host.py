@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,6 @@ OPTIONAL = {
     "datasets": ("datasets", "lm-eval's standard tasks, which fetch their data"),
 }
 """Packages that add something: the module, what to install, what for."""
-COPY_BYTES = 256 * 2**20
 
 
 def machine() -> dict[str, Any]:
@@ -38,11 +37,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def survey(bandwidth: bool = False) -> dict[str, Any]:
+def survey(measure: bool = False) -> dict[str, Any]:
     """All that `effbench doctor` tells, section by section.
 
-    Every kernel is tried on a small matrix: its entry is "works" or what it said instead. With `bandwidth` also the
-    bytes a second at which memory is copied, for a second or so.
+    Every kernel is tried on a small matrix: its entry is "works" or what it said instead. With `measure` the machine's
+    limits are measured and kept, which takes seconds; otherwise those that were kept are told.
     """
     import torch
 
@@ -65,24 +64,17 @@ def survey(bandwidth: bool = False) -> dict[str, Any]:
     )
     found["energy"] = _energy(torch.cuda.is_available())
     found["packages"] = {module: _version(module, name) for module, (name, _) in OPTIONAL.items()}
-    if bandwidth:
-        found["copy_bytes_per_second"] = copy_bandwidth()
+    found["limits"] = _limits("cuda" if torch.cuda.is_available() else "cpu", measure)
     found["advice"] = _advice(found)
     return found
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second read and written by a copy, the best of five: a limit of the machine, not a benchmark's figure."""
-    import torch
+def _limits(device: str, measure: bool) -> list[dict[str, Any]]:
+    from effbench.measure import limits
 
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * COPY_BYTES / min(times)
+    for kind in {"cpu", device} if measure else ():
+        limits.save(limits.measure(kind), limits.path_of(kind))
+    return [asdict(limit) for kind in dict.fromkeys(("cpu", device)) for limit in limits.load(limits.path_of(kind))]
 
 
 def _kernels() -> dict[str, Any]:

@@ -29,6 +29,31 @@ def _seconds(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
+IDEAL_TRIES = 3
+"""How often a time without noise is tried for."""
+
+
+def ideal(system: System, prompt: Tensor, new_tokens: int) -> tuple[dict[int, float], float]:
+    """The shortest seconds to the first new token by length of the prompt, and the slope: seconds of each further one.
+
+    `prompt` is (batch, tokens). The lengths are a quarter, a half and all of it; the slope is from the shortest times
+    of one and of `new_tokens` tokens.
+    """
+    lengths = sorted({max(1, prompt.shape[1] // part) for part in (4, 2, 1)})
+    table = {length: _shortest(system, prompt[:, :length], 1) for length in lengths}
+    everything = _shortest(system, prompt, new_tokens)
+    return table, max(0.0, everything - table[prompt.shape[1]]) / (new_tokens - 1)
+
+
+def _shortest(system: System, prompt: Tensor, new_tokens: int) -> float:
+    times = []
+    for _ in range(IDEAL_TRIES):
+        start = _mark(system.device)
+        system.generate(system, prompt, new_tokens)
+        times.append(_seconds(start, _mark(system.device)))
+    return min(times)
+
+
 def one_round(
     system: System, prompt: Tensor, new_tokens: int, meter: Meter | None = None
 ) -> tuple[float, float, Generation]:

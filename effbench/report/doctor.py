@@ -31,9 +31,22 @@ def show(found: dict[str, Any], console: Console) -> None:
         else:
             packages.append((f"{name} is not installed; pip install {name} for {purpose}", "dim"))
     _section(console, "packages", packages)
-    if "copy_bytes_per_second" in found:
-        _section(console, "memory copy", [(f"{found['copy_bytes_per_second'] / 1e9:.1f} GB/s read and written", "")])
+    said = [(line, "") for limit in found["limits"] for line in _limit(limit)]
+    _section(console, "limits", said or [("not measured; effbench doctor --measure does, and keeps them", "dim")])
     _section(console, "advice", [(text, "yellow") for text in found["advice"]] or [("nothing to be done", "green")])
+
+
+def _limit(limit: dict[str, Any]) -> list[str]:
+    """What some threads of a device can do."""
+    threads = limit["threads"]
+    who = limit["device"] if limit["device"] != "cpu" else f"{threads} thread{'s' if threads > 1 else ''}"
+    copies = ", ".join(f"{rate / 1e9:.1f} ({size >> 20} MiB)" for size, rate in limit["copy_bytes_per_second"].items())
+    products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limit["operations_per_second"].items())
+    load = f", at a load of {limit['load']}" if limit["load"] else ""
+    return [
+        f"{who}: copies GB/s read and written, by block: {copies}",
+        f"{who}: products, 1e9 operations/s: {products} ({limit['measured']}{load})",
+    ]
 
 
 def _style(state: str) -> str:

@@ -62,6 +62,8 @@ VIEWS = (
     View("decode_speedup", 1, interval=True),
     View("decode_seconds_per_token", 10),
     View("prefill_speedup", 13, interval=True),
+    View("decode_roofline_share", 12),
+    View("idealized_seconds", 13),
     View("tokens_per_pass", 9, usual=1.0),
     View("stored_bytes", 1),
     View("bits_per_weight", 4, beside="promised_bits_per_weight"),
@@ -107,7 +109,8 @@ class Table:
 def build(rows: Sequence[Row], views: Sequence[View] = VIEWS) -> Table:
     """The table of these rows, in their order. Rows that are not `ok` show their reason instead of figures."""
     fine = [row for row in rows if row.record.status == "ok"]
-    views = _by_protocol(fine, views)
+    there = {name for row in fine for name in row.values}  # a column that is newer than the records is none of theirs
+    views = [view for view in _by_protocol(fine, views) if view.name in there]
     empty = tuple(view for view in views if all(view.value(row) is None for row in fine))
     shown = [
         view
