@@ -1,5 +1,6 @@
 """LoSparse and BitStack: low rank with something beside it, the published choices, bytes that are the closed form."""
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from calibrated_layers import LAYERS, calibrated_layer, computed, relative_error
 from conftest import logits, random_system
 from counting import CountingSource
-from golden_layer import golden_inputs, golden_linear
+from golden_layer import agrees, golden_inputs, golden_linear
 from torch import nn
 
 from effbench import store
@@ -23,8 +24,8 @@ from effbench.toolbox.low_rank_rows import LowRankRowsLinear, RowImportance, mos
 from effbench.toolbox.packed import PackedLinear
 from effbench.toolbox.walk import matrices
 
-GOLDEN = (0.25324, 4.5701e-2, 9.6789e-3, 1.9147e-3, 4.0065e-4, 8.505e-5, 1.942e-5, 4.494e-6)
-"""BitStack of rank 16 on the golden layer, by the number of blocks."""
+GOLDEN = ("0.25324", "4.5701e-2", "9.6789e-3", "1.9147e-3", "4.0065e-4", "8.505e-5", "1.942e-5", "4.494e-6")
+"""BitStack of rank 16 on the golden layer, by the number of blocks; on two threads."""
 PUBLISHED = {
     1: (2.542892e-01, 4.734313e-02, 1.167982e-02, 2.803905e-03, 6.694371e-04, 2.010755e-04),
     2: (3.276659e-01, 9.348194e-02, 3.500033e-02, 1.515961e-02, 7.834582e-03, 4.749547e-03),
@@ -33,7 +34,9 @@ PUBLISHED = {
 """The same of rank 8 on the layers of `calibrated_layers`: xinghaow99/BitStack 9f333d6, on one thread."""
 RELATIVE = (2e-5, 2e-4, 5e-4, 1e-3, 1e-3, 5e-3, 1e-2, 1e-2)
 """Twice what another number of threads changes on the golden layer: a last bit turns the sign of a weight that is all
-but zero, and what follows is made from signs. With equal threads all errors are the released code's to seven digits."""
+but zero, and what follows is made from signs."""
+SAME = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.__version__.startswith("2.13.")
+"""Whether sums are formed here, with as many threads, in the order in which the released code formed them."""
 LOW_RANK_PART = {1: 7.026781e-01, 2: 7.461904e-01, 3: 7.503326e-01}
 """Errors of the factors alone at a share of .15 of the parameters: yxli2123/LoSparse 7513452."""
 
@@ -54,20 +57,30 @@ def kept(system: System, folder: Path) -> System:
     return again
 
 
-def test_bitstack_meets_the_golden_errors() -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_bitstack_meets_the_golden_errors(threads: Callable[[int], None]) -> None:
+    threads(2)
     stack = BitStackLinear.stack(golden_linear(), 16, 8)
     for blocks, (error, relative) in enumerate(zip(GOLDEN, RELATIVE, strict=True), 1):
         found = relative_error(golden_linear().weight, stack.weight_of(blocks), golden_inputs())
-        assert found == pytest.approx(error, rel=relative)
+        assert agrees(found, error, 1e-5 if SAME else relative)
 
 
 @pytest.mark.parametrize("seed", sorted(LAYERS))
-def test_bitstack_has_the_errors_of_the_released_code(seed: int) -> None:
+def test_bitstack_has_the_errors_of_the_released_code(seed: int, threads: Callable[[int], None]) -> None:
+    threads(1)
     linear, inputs = calibrated_layer(seed)
     stack = BitStackLinear.stack(linear, 8, 6)
     for blocks, error in enumerate(PUBLISHED[seed], 1):
         found = relative_error(linear.weight, stack.weight_of(blocks), inputs)
-        assert found == pytest.approx(error, rel=RELATIVE[blocks - 1])
+        assert found == pytest.approx(error, rel=1e-5 if SAME else RELATIVE[blocks - 1])
 
 
 def test_every_block_lessens_what_is_missing() -> None:
