@@ -39,24 +39,26 @@ from effbench.reference.world import HELDOUT_SEED, KINDS, TRAIN_SEED, World
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a member and the tokens it is trained on unless told otherwise."""
+    """The shape of a member."""
 
     width: int
     layers: int
     feedforward: int
-    tokens: int
     head_dim: int = 32
 
 
 SIZES = {
-    "70k": Size(64, 2, 128, 24_000_000),
-    "150k": Size(96, 2, 192, 16_000_000, head_dim=24),
-    "300k": Size(128, 2, 256, 12_000_000),
-    "1m": Size(192, 3, 384, 6_000_000),
-    "2m": Size(256, 3, 640, 6_000_000),
-    "3m": Size(256, 4, 768, 9_000_000),
+    "70k": Size(64, 2, 128),
+    "150k": Size(96, 2, 192, head_dim=24),
+    "300k": Size(128, 2, 256),
+    "1m": Size(192, 3, 384),
+    "2m": Size(256, 3, 640),
+    "3m": Size(256, 4, 768),
 }
-"""By the number of parameters in the blocks, with the tokens of the shipped checkpoints; 150k and 2m do not ship."""
+"""By the number of parameters in the blocks; 150k and 2m do not ship."""
+
+TOKENS = 9_000_000
+"""What every size reads, so that losses of two sizes differ by size alone."""
 
 BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
@@ -261,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=0, help="of the world's text; the size's own number if 0")
+    parser.add_argument("--tokens", type=float, default=TOKENS, help="in all")
     parser.add_argument("--out", type=Path, help="folder; the shipped checkpoint's own if not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args()
@@ -272,7 +274,7 @@ def main() -> None:
         torch.set_num_threads(1)
     folder = options.out or Path(__file__).parent / "checkpoints" / f"ref-{options.size}"
     started = time.monotonic()
-    trainer = Trainer(size, options.seed, int(options.tokens) or size.tokens, device)
+    trainer = Trainer(size, options.seed, int(options.tokens), device)
     trainer.run()
     seconds = time.monotonic() - started
     model = trainer.model.to(torch.bfloat16)  # what is reported is what ships
