@@ -44,6 +44,33 @@ class Column:
         return f"{number}{'' if unit == 'x' else ' '}{unit}".rstrip()
 
 
+def _ends(name: str, unit: str, exact: bool, digits: int, over: str) -> tuple[Column, Column]:
+    """The ends of a column's interval, from resampling `over` what."""
+    return (
+        Column(f"{name}_low", unit, "", exact, digits, f"lower end of its 95 % interval, over {over}", derived=True),
+        Column(f"{name}_high", unit, "", exact, digits, "upper end of its 95 % interval", derived=True),
+    )
+
+
+def _claim(name: str, unit: str, exact: bool, digits: int, seen: str) -> tuple[Column, Column]:
+    """What may be claimed of a column's difference from dense, and from what size on one would have been `seen`."""
+    return (
+        Column(
+            f"{name}_p", "", "", exact, 4, "chance of it if nothing differed, Holm-corrected over rows", derived=True
+        ),
+        Column(
+            f"{name}_detectable",
+            unit,
+            "",
+            exact,
+            digits,
+            f"the smallest that {seen} show four times in five",
+            derived=True,
+            title="seen from",
+        ),
+    )
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("perplexity", "", "lower", True, 3, "exp of the mean nats per token of the held-out text", title="ppl"),
     Column("nll_per_token", "nats", "lower", True, 4, "mean negative log-likelihood of a token", title="nats"),
@@ -62,14 +89,51 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("word_perplexity", "", "lower", True, 3, "the same nats over the words of the text, as the protocol counts"),
     Column("byte_perplexity", "", "lower", True, 4, "the same nats over the UTF-8 bytes of the text"),
+    *_ends("nll_difference", "nats", True, 4, "documents"),
+    *_claim("nll_difference", "nats", True, 4, "these windows"),
+    Column(
+        "quality_rank",
+        "",
+        "lower",
+        True,
+        0,
+        "one more than the rows that have significantly fewer nats",
+        derived=True,
+        title="rank",
+    ),
     Column("bits_per_byte", "bits", "lower", True, 4, "bits needed for a byte of text; comparable across tokenizers"),
     Column("accuracy", "", "higher", True, 3, "mean accuracy over the tasks", title="acc"),
     Column("accuracy_stderr", "", "", True, 3, "standard error of the mean accuracy", derived=True, title="±"),
     Column("accuracy_chance", "", "", True, 3, "mean accuracy of guessing", title="chance"),
+    Column(
+        "accuracy_difference",
+        "",
+        "higher",
+        True,
+        3,
+        "accuracy above dense, paired over the same items",
+        derived=True,
+        title="Δacc",
+    ),
+    Column("accuracy_difference_stderr", "", "", True, 3, "standard error of the paired difference", derived=True),
+    *_ends("accuracy_difference", "", True, 3, "items"),
+    *_claim("accuracy_difference", "", True, 3, "these items"),
+    Column("flips_to_wrong", "", "lower", True, 0, "answers right in dense and wrong here", derived=True, title="→✗"),
+    Column("flips_to_right", "", "", True, 0, "answers wrong in dense and right here", derived=True, title="→✓"),
     Column("kl_to_dense", "nats", "lower", True, 4, "mean KL(dense || this) per token", title="KL"),
     Column("top1_agreement", "", "higher", True, 3, "share of tokens with the same best next token as dense"),
+    *_ends("kl_to_dense", "nats", True, 4, "documents"),
+    Column("kl_to_dense_median", "nats", "lower", True, 4, "median over tokens", derived=True, title="KL median"),
+    *_ends("kl_to_dense_median", "nats", True, 4, "documents"),
+    Column(
+        "kl_to_dense_p99", "nats", "lower", True, 3, "exceeded by one token in a hundred", derived=True, title="KL 99 %"
+    ),
+    *_ends("kl_to_dense_p99", "nats", True, 3, "documents"),
+    *_ends("top1_agreement", "", True, 3, "documents"),
     Column("prefill_seconds", "s", "lower", False, 4, "from the prompt to the first new token", title="prefill"),
     Column("prefill_speedup", "x", "higher", False, 2, "dense prefill time / this, interleaved rounds", derived=True),
+    *_ends("prefill_speedup", "x", False, 2, "rounds"),
+    *_claim("prefill_speedup", "x", False, 2, "these rounds"),
     Column("decode_seconds_per_token", "s", "lower", False, 5, "time of one further token", title="decode/token"),
     Column(
         "decode_speedup",
@@ -81,8 +145,18 @@ COLUMNS: tuple[Column, ...] = (
         derived=True,
         title="decode x",
     ),
-    Column("decode_speedup_low", "x", "", False, 2, "lower end of its 95 % interval", derived=True),
-    Column("decode_speedup_high", "x", "", False, 2, "upper end of its 95 % interval", derived=True),
+    *_ends("decode_speedup", "x", False, 2, "rounds"),
+    *_claim("decode_speedup", "x", False, 2, "these rounds"),
+    Column(
+        "speed_rank",
+        "",
+        "lower",
+        False,
+        0,
+        "one more than the rows that decode significantly faster",
+        derived=True,
+        title="speed rank",
+    ),
     Column(
         "prefill_roofline_share",
         "",

@@ -14,15 +14,9 @@ from pathlib import Path
 
 from effbench.columns import BY_NAME, column
 from effbench.errors import RecordError, UsageError
-from effbench.measure.derived import (
-    SPEEDUPS,
-    Row,
-    accuracy_differences,
-    nats_difference,
-    rows,
-    same_text,
-    strays,
-)
+from effbench.measure import paired
+from effbench.measure.claims import SPEEDUPS
+from effbench.measure.derived import Row, accuracy_differences, nats_difference, rows, same_text
 from effbench.protocols import DOCUMENT
 from effbench.results import Record, load_all
 
@@ -95,7 +89,7 @@ def compare(old: Path, new: Path, thresholds: Thresholds = DEFAULT) -> list[Find
     """
     before, after = _read(old), _read(new)
     dense = [row.record for row in [*before.values(), *after.values()] if row.record.pipeline == "dense"]
-    floor = max((strays(record, name) for record in dense for name in SPEEDUPS), default=0.0)
+    floor = max((_strays(record, samples) for record in dense for samples, _ in SPEEDUPS.values()), default=0.0)
     found: list[Finding] = []
     for key, was in before.items():
         if key not in after:
@@ -239,6 +233,14 @@ def _speed(was: Row, now: Row, limits: Thresholds, floor: float) -> Iterator[Fin
             yield _moved(now, name, old, new, slower, ", intervals apart")
 
 
+def _strays(dense: Record, samples: str) -> float:
+    """How far from 1 a dense row's ratios to itself may lie, as a logarithm: what this machine makes of nothing."""
+    if not dense.samples.get(f"dense_{samples}"):
+        return 0.0
+    found = paired.log_ratio(dense, samples)
+    return max(map(abs, [*paired.strays(dense, samples), *(e for e in (found.low, found.high) if math.isfinite(e))]))
+
+
 def _fastest(row: Row, samples: str) -> float:
     """Dense time over this row's, each of its fastest round."""
     return min(row.record.samples[f"dense_{samples}"]) / min(row.record.samples[samples])
@@ -257,7 +259,8 @@ def _lost(was: Row, now: Row) -> Iterator[Finding]:
     """Columns that were measured and no longer are; energy and GPU memory depend on the machine and may go."""
     for name, old in was.values.items():
         known = column(name)
-        if known is None or not (known.exact or name in SPEEDUPS) or old is None or now.values.get(name) is not None:
+        lasting = known is not None and (name in SPEEDUPS or known.exact and not known.derived)
+        if not lasting or old is None or now.values.get(name) is not None:
             continue
         reason = now.missing.get(name, "no reason given")
         yield _said(now, name, old, None, "worse", f"{name} is no longer measured ({reason})")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CALIBRATION_SHARE = 0.25
 """How much of a user's only text is kept for calibration and training; the rest is evaluated."""
 
+DOCUMENTS = 16
+"""Of fewer documents than this, or of one stream, each window stands for itself when errors are computed."""
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -35,6 +38,7 @@ class Windows:
     `read_only` tokens at the start of each window are not scored; unless given, the first one. `bytes_scored` are
     UTF-8 bytes, `words_scored` runs of them without white space, both of what is scored. `text_tokens` are all
     tokens of the text that the windows of up to `window_tokens` were cut from; 0 where that is not known.
+    `documents` numbers the document that each window was cut from, where some are longer than a window.
     """
 
     ids: list[np.ndarray]
@@ -45,6 +49,7 @@ class Windows:
     read_only: list[int] | None = None
     text_tokens: int = 0
     window_tokens: int = 0
+    documents: np.ndarray | None = None
 
     @property
     def firsts(self) -> list[int]:
@@ -62,9 +67,16 @@ class Windows:
         kinds = np.concatenate(self.kinds) if self.kinds is not None else np.zeros(0, np.uint8)
         names = np.array(self.kind_names, dtype=str)
         counts = np.array([self.bytes_scored, self.words_scored, self.text_tokens, self.window_tokens])
-        firsts = np.array(self.firsts)
-        ids = np.concatenate(self.ids)
-        np.savez(path, ids=ids, lengths=lengths, kinds=kinds, names=names, counts=counts, firsts=firsts)
+        np.savez(
+            path,
+            ids=np.concatenate(self.ids),
+            lengths=lengths,
+            kinds=kinds,
+            names=names,
+            counts=counts,
+            firsts=np.array(self.firsts),
+            documents=np.zeros(0, np.int64) if self.documents is None else self.documents,
+        )
 
     @classmethod
     def load(cls, path: Path) -> Windows:
@@ -75,7 +87,8 @@ class Windows:
             names = tuple(str(name) for name in stored["names"])
             ids, firsts = np.split(stored["ids"], cuts), stored["firsts"].tolist()
             scored_bytes, words, tokens, window = stored["counts"].tolist()
-            return cls(ids, scored_bytes, kinds, names, words, firsts, tokens, window)
+            documents = stored["documents"] if len(stored["documents"]) else None
+            return cls(ids, scored_bytes, kinds, names, words, firsts, tokens, window, documents)
 
     @property
     def digest(self) -> str:
@@ -161,14 +174,21 @@ class FileSource:
         return encoded
 
     def evaluation(self, length: int, limit: int | None) -> Windows:
-        windows = [ids[start : start + length] for ids in self._evaluation for start in range(0, len(ids), length)]
-        windows = [window for window in windows if len(window) > 1][:limit]
+        cut = [
+            (number, ids[start : start + length])
+            for number, ids in enumerate(self._evaluation)
+            for start in range(0, len(ids), length)
+        ]
+        cut = [(number, window) for number, window in cut if len(window) > 1][:limit]
+        windows = [window for _, window in cut]
         if not windows:
             raise TextError(f"{self.path} has too few tokens to score; give a longer text")
         texts = [self._tokenizer.decode(window[1:]) for window in windows]
         scored, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
         tokens = sum(map(len, self._evaluation))
-        return Windows(windows, scored, words_scored=words, text_tokens=tokens, window_tokens=length)
+        _, documents = np.unique([number for number, _ in cut], return_inverse=True)
+        few = documents[-1] + 1 < DOCUMENTS or len(windows) == documents[-1] + 1
+        return Windows(windows, scored, None, (), words, None, tokens, length, None if few else documents)
 
     def training(self, count: int, length: int, seed: int) -> np.ndarray:
         if len(self._training) < 2:

@@ -65,6 +65,8 @@ def record(
         slowed = [math.exp(abs(load.gauss(0, 0.5))) for _ in range(ROUNDS)]
         row.samples[f"dense_{kind}_seconds"] = [seconds * by for by in slowed]
         row.samples[f"{kind}_seconds"] = [seconds / speed * by * math.exp(load.gauss(0, 0.05)) for by in slowed]
+        if pipeline == "dense":
+            row.samples[f"strays/{kind}_seconds"] = [load.gauss(0, 0.02) for _ in range(5)]
     row.put("prefill_seconds", sorted(row.samples["prefill_seconds"])[ROUNDS // 2])
     row.put("decode_seconds_per_token", sorted(row.samples["decode_seconds"])[ROUNDS // 2])
     row.cost = {"seconds": 0.5, "peak_bytes": 400_000_000, "tokens": 0, "joules": None}

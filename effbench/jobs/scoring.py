@@ -12,7 +12,7 @@ from effbench import results
 from effbench.data import Windows
 from effbench.jobs import sharing
 from effbench.jobs.row import Job
-from effbench.measure import memory
+from effbench.measure import divergence, memory
 from effbench.results import Record
 from effbench.technique import CachePolicy, System
 from effbench.toolbox.decoding import forward
@@ -77,9 +77,12 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
     why = "its vocabulary has another width than the dense model's" if reference else "the dense model was not scored"
     record.put("kl_to_dense", sum(found.kl) / tokens if tokens else None, why)
     record.put("top1_agreement", sum(found.agreed) / tokens if tokens else None, why)
-    record.samples["compared_tokens"] = [tokens]
+    if tokens and not dense:
+        record.samples |= divergence.samples(found.divergences, found.agreed)
     record.samples["nll"] = [round(value, 6) for value in found.nats]
     record.samples["tokens"] = list(found.tokens)
+    if windows.documents is not None:
+        record.samples["documents"] = windows.documents.tolist()
     for name in found.kind_nats:
         count = sum(found.kind_tokens[name])
         if count:

@@ -10,41 +10,44 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from effbench.measure import roofline
-from effbench.measure.statistics import mean_and_stderr, paired_difference, paired_ratio
+from effbench.measure import paired, roofline
+from effbench.measure.claims import SPEEDUPS, claim
+from effbench.measure.comparable import incomparable
+from effbench.measure.statistics import mean_and_stderr, paired_difference
 from effbench.results import Record
 
-NOISE_ERRORS = 2.0
-"""A difference of fewer standard errors than this is not told apart from none."""
-SPEEDUPS = {
-    "prefill_speedup": ("prefill_seconds", "prefill_seconds"),
-    "decode_speedup": ("decode_seconds", "decode_seconds_per_token"),
-}
-"""Each ratio, the samples it comes from, and the column of this row's own time."""
 BITS = {"float32": 32.0, "fp32": 32.0}
 """Bits of a dense weight in a run's dtype, where they are not 16."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """A record with all that is derived from it.
 
     Each name in `values` is a column, or a column and a part of it (`accuracy_stderr/piqa`); `missing` says why a
-    value is `None`. `within_noise` are the columns that do not tell this row from the dense one. `simulated`: the
-    bits that the options promise are not realised in the bytes.
+    value is `None`. `within_noise` are the columns that do not tell this row from the dense one, `tied` the ranks that
+    it shares. `simulated`: the bits that the options promise are not realised in the bytes. `warnings` are sentences
+    about how far the row can be trusted, by a word for each.
     """
 
     record: Record
     values: dict[str, float | None]
     missing: dict[str, str]
     simulated: bool = False
-    within_noise: frozenset[str] = field(default_factory=frozenset)
+    within_noise: set[str] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)
+    warnings: dict[str, str] = field(default_factory=dict)
+    tests: dict[str, float] = field(default_factory=dict)
+    """The p of each test against dense, by column, before it is corrected for the others."""
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
     """One row for each record, in their order, derived against the dense record of the same question and seed."""
     dense = {_question(record): record for record in records if record.pipeline == "dense"}
-    return [_row(record, dense.get(_question(record))) for record in records]
+    found = [_row(record, dense.get(_question(record))) for record in records]
+    for question in dict.fromkeys(map(_question, records)):
+        claim([row for row in found if _question(row.record) == question], dense.get(question))
+    return found
 
 
 def _question(record: Record) -> str:
@@ -52,7 +55,8 @@ def _question(record: Record) -> str:
 
 
 def _row(record: Record, dense: Record | None) -> Row:
-    values, missing, noise = dict(record.values), dict(record.missing), set[str]()
+    row = Row(record, dict(record.values), dict(record.missing), _is_simulated(record))
+    values, missing = row.values, row.missing
     for name, value in record.values.items():
         if value is not None and not math.isfinite(value):
             values[name], missing[name] = None, "it is not a finite number"
@@ -66,13 +70,10 @@ def _row(record: Record, dense: Record | None) -> Row:
         near, why = roofline.shares(record)
         values |= near
         missing |= why
-    if dense is not None:
-        _against_dense(record, dense, values, missing, noise)
-    elif record.status == "ok":
-        for name in ("nll_difference", "nll_difference_stderr", *SPEEDUPS):
-            values[name], missing[name] = None, "there is no dense row to compare with"
-    within_noise = frozenset() if record is dense else frozenset(noise)
-    return Row(record, values, missing, _is_simulated(record), within_noise)
+    paired.distance(record, values, missing)
+    if record.status == "ok" or record.samples:
+        _against_dense(row, dense)
+    return row
 
 
 def _accuracy_errors(record: Record, values: dict[str, float | None]) -> None:
@@ -80,55 +81,31 @@ def _accuracy_errors(record: Record, values: dict[str, float | None]) -> None:
     for name, items in record.samples.items():
         if name.startswith("correct/"):
             errors.append(mean_and_stderr(items)[1])
-            values[f"accuracy_stderr/{name.partition('/')[2]}"] = _finite(errors[-1])
+            values[f"accuracy_stderr/{name.partition('/')[2]}"] = paired.finite(errors[-1])
     if errors:
-        values["accuracy_stderr"] = _finite(math.sqrt(sum(error**2 for error in errors)) / len(errors))
+        values["accuracy_stderr"] = paired.finite(math.sqrt(sum(error**2 for error in errors)) / len(errors))
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _against_dense(
-    record: Record, dense: Record, values: dict[str, float | None], missing: dict[str, str], noise: set[str]
-) -> None:
-    """The paired difference in nats, the ratios of time, and which of them are within noise."""
-    if "nll" in record.samples:
-        if same_text(record, dense):
-            difference, error = nats_difference(record, dense)
-            values["nll_difference"], values["nll_difference_stderr"] = difference, _finite(error)
-            if values["nll_difference_stderr"] is None:
-                missing["nll_difference_stderr"] = "a single window of text has no spread"
-            if 0 < abs(difference) <= NOISE_ERRORS * error:
-                noise |= {"nll_difference", "nll_per_token", "perplexity", "bits_per_byte"}
-        else:
-            for name in ("nll_difference", "nll_difference_stderr"):
-                values[name], missing[name] = None, "the dense row was scored on another text, or not yet"
-    elif "nll_per_token" in missing:
+def _against_dense(row: Row, dense: Record | None) -> None:
+    """The paired differences and the ratios of time, or why there are none."""
+    record = row.record
+    why = "there is no dense row to compare with" if dense is None else incomparable(record, dense)
+    if dense is None or why:
+        for name in ("nll_difference", "nll_difference_stderr", *SPEEDUPS):
+            row.values[name], row.missing[name] = None, why
+        return
+    if "nll" in record.samples and same_text(record, dense):
+        row.tests |= paired.text(record, dense, row.values, row.missing)
+    elif record.status == "ok":
+        why = "the dense row was scored on another text, or not yet"
         for name in ("nll_difference", "nll_difference_stderr"):
-            values[name], missing[name] = None, missing["nll_per_token"]
-    for name, (difference, error) in accuracy_differences(record, dense).items():
-        if 0 < abs(difference) <= NOISE_ERRORS * error:
-            noise.add(name)
+            row.values[name], row.missing[name] = None, row.missing.get("nll_per_token", why)
+    row.tests |= paired.answers(record, dense, row.values)
     for name, (samples, column) in SPEEDUPS.items():
-        theirs = record.samples.get(f"dense_{samples}")
-        if not theirs:
-            if record.status == "ok":
-                values[name], missing[name] = None, missing.get(column, "not timed")
-            continue
-        ratio, low, high = paired_ratio(theirs, record.samples[samples])
-        values[name], values[f"{name}_low"], values[f"{name}_high"] = ratio, _finite(low), _finite(high)
-        if low <= 1 <= high or abs(math.log(ratio)) <= strays(dense, name):
-            noise |= {name, column}
-
-
-def strays(dense: Record, speedup: str) -> float:
-    """How far from 1 the dense row's ratio to itself may lie, as a logarithm: what this machine makes of nothing."""
-    samples, _ = SPEEDUPS[speedup]
-    if not dense.samples.get(f"dense_{samples}"):
-        return 0.0
-    _, low, high = paired_ratio(dense.samples[f"dense_{samples}"], dense.samples[samples])
-    return max(abs(math.log(low)), abs(math.log(high))) if math.isfinite(low) else 0.0
+        for part in paired.timed(record, samples):
+            row.tests |= paired.times(row.record, dense, f"{name}{part}", f"{samples}{part}", row.values, row.missing)
+        if name not in row.values and record.status == "ok":
+            row.values[name], row.missing[name] = None, row.missing.get(column, "not timed")
 
 
 def same_text(one: Record, other: Record) -> bool:

@@ -38,16 +38,24 @@ class Quality:
         self.tokens = windows.scored
         self.kind_nats = {name: [0.0] * count for name in windows.kind_names}
         self.kind_tokens = {name: [0] * count for name in windows.kind_names}
-        self.kl = [0.0] * count
+        self.divergences = [np.zeros(0, np.float32)] * count
+        """The divergence from dense of each window's tokens, or of the first of them; `agreed` counts over those."""
         self.agreed = [0] * count
-        self.compared_tokens = 0
-        """Tokens for which there is a divergence; `kl` and `agreed` are sums over those of each window."""
 
-    def compare(self, place: int, tokens: int, kl: float, agreed: int) -> None:
-        """The summed divergence of some tokens of window `place`, and how many have the same best token."""
-        self.compared_tokens += tokens
-        self.kl[place] += kl
+    def compare(self, place: int, divergence: Tensor, agreed: int) -> None:
+        """The divergence (tokens,) of further tokens of window `place`, and how many have the same best token."""
+        self.divergences[place] = np.concatenate([self.divergences[place], divergence.cpu().numpy()])
         self.agreed[place] += agreed
+
+    @property
+    def compared_tokens(self) -> int:
+        """Tokens for which there is a divergence."""
+        return sum(map(len, self.divergences))
+
+    @property
+    def kl(self) -> list[float]:
+        """Sums of divergence over each window."""
+        return [float(values.sum(dtype=np.float64)) for values in self.divergences]
 
     def add(self, place: int, nats: Tensor) -> None:
         """The nats (tokens,) of window `place`."""
@@ -178,11 +186,11 @@ class DenseLogProbabilities:
         log_probabilities = log_probabilities[:count]
         if self._write:
             self._array[first : first + count] = log_probabilities.cpu().numpy()
-            quality.compare(place, count, 0.0, count)
+            quality.compare(place, torch.zeros(count), count)
             return
         dense = torch.from_numpy(np.array(self._array[first : first + count])).to(log_probabilities.device)
-        divergence = float((dense.exp() * (dense - log_probabilities)).sum().double())
-        quality.compare(place, count, divergence, int((dense.argmax(-1) == log_probabilities.argmax(-1)).sum()))
+        divergence = (dense.exp() * (dense - log_probabilities)).sum(-1)
+        quality.compare(place, divergence, int((dense.argmax(-1) == log_probabilities.argmax(-1)).sum()))
 
     def finish(self) -> None:
         """Make what was written visible to others."""
