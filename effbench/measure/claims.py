@@ -25,7 +25,7 @@ SPEEDUPS = {
 LEAST_FREEDOM = 3.0
 """With fewer degrees of freedom what could have been seen is not known to any use."""
 SAME = {
-    "nll_difference": ("nll_per_token", "perplexity", "bits_per_byte"),
+    "nll_difference": ("nll_per_token", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
     "accuracy_difference": ("accuracy",),
     **{name: (column,) for name, (_, column) in SPEEDUPS.items()},
 }
