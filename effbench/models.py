@@ -212,6 +212,7 @@ def load_tokenizer(path: str, trust: Trust = CAREFUL) -> PreTrainedTokenizerBase
 
 
 def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -> System:
+    import torch
     from transformers import AutoModelForCausalLM
 
     from effbench.technique import System
@@ -231,4 +232,24 @@ def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -
     lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
     if lacking:
         raise ModelError(f"{name} lacks {lacking[0]}, or has it in another shape; random numbers would stand for it")
+    if Path(path).is_dir() and torch.device(device).type == "cpu":
+        _own(model, Path(path))
     return System.dense(model.to(device).eval(), tokenizer)
+
+
+def _own(model: Any, folder: Path) -> None:
+    """Read into memory of its own what transformers has only mapped, a tensor at a time.
+
+    Mapped pages stay resident, as long as any tensor of the file lives, beside all that is made of the others.
+    """
+    from effbench.store import read_tensors
+
+    parameters = dict(model.named_parameters())
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in read_tensors(path):
+            mapped = parameters.get(name)
+            if mapped is None or (mapped.dtype, mapped.shape) != (tensor.dtype, tensor.shape):
+                continue  # it was converted, and is not mapped any more
+            ends = [(t.flatten()[0], t.flatten()[-1]) for t in (mapped.detach(), tensor)]
+            if ends[0] == ends[1]:
+                mapped.data = tensor

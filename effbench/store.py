@@ -181,7 +181,7 @@ def _load_model(folder: Path, device: Any) -> nn.Module:
             if type(value) is not int or type(getattr(module, key, None)) is not int:
                 raise ModelError(f"{folder} gives {name}.{key}, which is no whole number; save the system again")
             setattr(module, key, value)
-    for name, tensor in _read(folder / WEIGHTS):
+    for name, tensor in read_tensors(folder / WEIGHTS):
         _assign(model, name, tensor.to(device))
     by_name = dict(_tensors(model))
     for name, first in structure["shared"].items():
@@ -192,7 +192,7 @@ def _load_model(folder: Path, device: Any) -> nn.Module:
     return model.eval()
 
 
-def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a safetensors file, each read into memory of its own.
 
     The format's own loader maps the file, where a tensor starts at any byte; kernels that load whole vectors crash on

@@ -120,3 +120,13 @@ def test_a_saved_member_of_the_family_still_speaks_its_language(tmp_path: Path) 
     store.save(models.load("ref-70k"), tmp_path / "saved", "dense")
     assert models.speaks_reference(str(tmp_path / "saved")) and models.speaks_reference("ref-1m@outliers")
     assert not models.speaks_reference("someone/model")
+
+
+def test_a_loaded_model_is_in_memory_of_its_own(folder: Path) -> None:
+    """Mapped pages of a file would stay resident beside all that is made of them."""
+    loaded = models.load(str(folder), "bfloat16").model
+    for (name, one), other in zip(random_model("llama").named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        assert str(folder) not in maps.read_text()

@@ -32,7 +32,7 @@ PIPELINES = (
     "svd:keep=0.8",
     "svd:keep=0.5",
 )
-ROUNDS, PROMPT, NEW = 9, 256, 9
+ROUNDS, PROMPT, NEW = 9, 128, 17
 WITHIN = 0.15
 """How far a ratio of times may be from that of parameters."""
 TIMED = ("decode", "prefill")
