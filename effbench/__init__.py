@@ -37,7 +37,7 @@ def run(
     from effbench.suite import ask
 
     pipelines = [techniques] if isinstance(techniques, str) else techniques
-    for name in ("text", "calibration"):
+    for name in ("text", "calibration", "task_data"):
         if options.get(name) is not None:
             options[name] = str(options[name])
     if options.get("tasks") is not None:

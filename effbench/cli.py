@@ -49,6 +49,9 @@ def run(
     techniques: opt.Techniques = None,
     suite: opt.Suite = None,
     tasks: opt.Tasks = None,
+    num_fewshot: opt.NumFewshot = None,
+    apply_chat_template: opt.ApplyChatTemplate = False,
+    task_data: opt.TaskData = None,
     text: opt.Text = None,
     calibration: opt.Calibration = None,
     protocol: opt.Protocol = None,
@@ -80,6 +83,9 @@ def run(
         None if techniques is None else [word for words in techniques for word in words.split()],
         suite,
         tasks=tuple(name for names in tasks for name in names.split(",") if name) if tasks else None,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template or None,
+        task_data=None if task_data is None else str(task_data),
         text=text,
         calibration=calibration,
         protocol=protocol,
@@ -222,6 +228,21 @@ def compare(
     print(f"{regressions} regression{'' if regressions == 1 else 's'}, {len(findings) - regressions} other changes")
     if regressions:
         raise typer.Exit(1)
+
+
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line, with `--model effbench` for a model after a pipeline.
+
+    effbench lm-eval --model effbench --model_args pretrained=MODEL,techniques=gptq:bits=4 --tasks piqa
+    """
+    from effbench.lm_eval_model import hand_over
+
+    hand_over(context.args)
 
 
 @app.command()

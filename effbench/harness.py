@@ -2,6 +2,7 @@
 
 run               a suite -> a folder of records (the rows are worked off by `effbench.schedule`)
 apply_and_save    a model and a pipeline -> a saved system
+applied           the same -> a system
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from effbench import models, registry, results
 from effbench.errors import PackageError, RecordError, UsageError
@@ -20,6 +22,9 @@ from effbench.measure.host import usable_cores
 from effbench.results import Record
 from effbench.schedule import Progress, Schedule, Silent, record_for
 from effbench.suite import Suite
+
+if TYPE_CHECKING:
+    from effbench.technique import System
 
 
 def run(suite: Suite, out: Path | None = None, progress: Progress | None = None) -> Path:
@@ -30,7 +35,7 @@ def run(suite: Suite, out: Path | None = None, progress: Progress | None = None)
     """
     suite = resolve(suite)
     pipelines = check(suite)
-    inputs = results.inputs(suite.model, suite.text, suite.calibration)
+    inputs = results.inputs(suite.model, suite.text, suite.calibration, suite.task_data)
     out = out or default_folder(suite, inputs)
     _prepare(out, suite, pipelines, inputs)
     with _locked(out), tempfile.TemporaryDirectory(prefix="effbench-") as scratch:
@@ -93,10 +98,10 @@ def check(suite: Suite) -> list[str]:
             pipelines.append(pipeline)
     _check_text(suite)
     _check_window(suite, trust)
-    if not set(suite.tasks) <= set(registry.tasks()):
-        from effbench.measure.accuracy import check_tasks
+    if not set(suite.tasks) <= set(registry.tasks()) or suite.task_data is not None:
+        from effbench.measure.tasks import check_tasks
 
-        check_tasks(suite.tasks)
+        check_tasks(suite.tasks, suite.asking)
     return pipelines
 
 
@@ -175,18 +180,28 @@ def apply_and_save(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecordError(f"{folder} exists and is not empty; give a new folder with --save")
-    text_suite = Suite(model=model, text=text, calibration=calibration, seed=seed, dtype=dtype, device=device)
-    models.check(model, trust)
-    pipeline = registry.canonical(pipeline)
-    _check_text(text_suite)
     from effbench import store
-    from effbench.jobs.applying import apply_pipeline
-    from effbench.jobs.row import data_for
 
-    system = models.load(model, dtype, device, trust)
-    system, _ = apply_pipeline(system, pipeline, data_for(text_suite, system))
+    pipeline = registry.canonical(pipeline)
+    suite = Suite(model=model, text=text, calibration=calibration, seed=seed, dtype=dtype, device=device)
+    system = applied(suite, pipeline, trust)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         store.save(system, folder, pipeline)
     except OSError as reason:
         raise RecordError(f"cannot write to {folder} ({reason.strerror}); choose another folder with --save") from None
+
+
+def applied(suite: Suite, pipeline: str, trust: models.Trust = models.CAREFUL) -> System:
+    """The suite's model after a pipeline, with the suite's texts.
+
+    Raises `UsageError` for a wrong question and `UnfitError` where the pipeline does not fit the model.
+    """
+    models.check(suite.model, trust)
+    pipeline = registry.canonical(pipeline)
+    _check_text(suite)
+    from effbench.jobs.applying import apply_pipeline
+    from effbench.jobs.row import data_for
+
+    system = models.load(suite.model, suite.dtype, suite.device, trust)
+    return apply_pipeline(system, pipeline, data_for(suite, system))[0]

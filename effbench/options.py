@@ -29,7 +29,12 @@ Techniques = Annotated[
     list[str] | None, _option("Pipelines, as rtn:bits=4 or wanda+rtn. [default: those of the suite]", "P ...")
 ]
 Suite = Annotated[str | None, _option("Suite by name or TOML file. [default: reference]", "FILE")]
-Tasks = Annotated[list[str] | None, _option("lm-eval tasks, zero-shot. [default: the model's own]", "T,...")]
+Tasks = Annotated[list[str] | None, _option("Tasks and groups of lm-eval. [default: the model's own]", "T,...")]
+NumFewshot = Annotated[int | None, _option("Examples before each item. [default: the task's own number]", "N")]
+ApplyChatTemplate = Annotated[bool, typer.Option("--apply-chat-template", help="Ask tasks as turns of a chat.")]
+TaskData = Annotated[
+    Path | None, _option("Folder with the items of tasks, as on the hub or T.jsonl. [default: the hub]", "DIR")
+]
 Text = Annotated[str | None, _option("Text to evaluate, .txt or .jsonl. [default: the model's own]", "FILE")]
 Calibration = Annotated[
     str | None, _option("Text that techniques may read. [default: the first quarter of --text]", "FILE")

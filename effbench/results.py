@@ -161,15 +161,21 @@ def code_digest() -> str:
 
 
 def inputs(model: str, *texts: str | None) -> dict[str, str]:
-    """Fingerprints of what a run reads beside its settings: code, weights and texts. The same ones, the same rows."""
+    """Fingerprints of what a run reads beside its settings: code, weights and texts,
+    which may be folders. The same ones, the same rows."""
     base = model.partition("@")[0]
     folder = reference.folder(base) if base in reference.NAMES else Path(model).expanduser()
     weights = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
-    given = [Path(text) for text in texts if text]
-    return {"code": code_digest(), "weights": _of_files(weights), "texts": _of_files(given)}
+    given = [path for text in texts if text for path in files(Path(text))]
+    return {"code": code_digest(), "weights": digest(weights), "texts": digest(given)}
 
 
-def _of_files(paths: Sequence[Path]) -> str:
+def files(path: Path) -> list[Path]:
+    """A file, or all those in a folder."""
+    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def digest(paths: Sequence[Path]) -> str:
     """By content; by size and time of change where a file is too large to be read each time."""
     digest = hashlib.sha256()
     for path in paths:

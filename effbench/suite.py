@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from effbench import models, protocols
 from effbench.errors import UsageError
 from effbench.registry import suggest
+
+if TYPE_CHECKING:
+    from effbench.measure.tasks import Asking
+
+LATER = ("num_fewshot", "apply_chat_template", "task_data")
+"""Fields that older records do not know; left out of the settings where they ask for nothing."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,10 @@ class Suite:
 
     techniques: pipelines, each a row; the dense model is always the first one. tasks: lm-eval names; empty with a
     reference model means the reference tasks. text, calibration: files (see `effbench.data`); a reference model
-    has its own. protocol, window: how that text is cut and counted (see `effbench.protocols`). limit: at most so many
-    items of each task and windows of text. batch, prompt_tokens, new_tokens,
-    rounds: what is timed, and how often. timeout_seconds: for each step of one row.
+    has its own. protocol, window: how that text is cut and counted (see `effbench.protocols`). num_fewshot,
+    apply_chat_template, task_data: how tasks are asked, and a folder with their items (see `effbench.measure.tasks`).
+    limit: at most so many items of each task and windows of text. batch, prompt_tokens, new_tokens, rounds: what is
+    timed, and how often. timeout_seconds: for each step of one row.
     """
 
     name: str = "custom"
@@ -35,6 +42,9 @@ class Suite:
     calibration: str | None = None
     protocol: str = protocols.DOCUMENT
     window: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    task_data: str | None = None
     limit: int | None = None
     device: str = "auto"
     dtype: str = "bfloat16"
@@ -53,6 +63,8 @@ class Suite:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UsageError(f"num_fewshot must be at least 0, got {self.num_fewshot}")
         if self.new_tokens < 2:
             raise UsageError(f"new_tokens must be at least 2, one to be timed after the first; got {self.new_tokens}")
         protocols.check(self.protocol, self.window)
@@ -69,11 +81,21 @@ class Suite:
         return 2 if 12 * models.weights_bytes(self.model) < psutil.virtual_memory().available else 1
 
     @property
+    def asking(self) -> Asking:
+        """How its tasks are asked."""
+        from effbench.measure.tasks import Asking
+
+        return Asking(self.num_fewshot, self.apply_chat_template, self.task_data)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What has to be the same for two rows to be comparable; machine and pipelines are not part of it."""
         content = asdict(self)
         for name in ("name", "techniques", "seed", "timeout_seconds"):
             del content[name]
+        for name in LATER:
+            if content[name] == getattr(Suite, name):
+                del content[name]
         content["tasks"] = list(self.tasks)
         return content
 

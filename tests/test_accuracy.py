@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from effbench import models
 from effbench.errors import TaskError
 from effbench.measure import questions
-from effbench.measure.accuracy import SystemLM, build, check_tasks, evaluate, task_names
-from effbench.measure.questions import Questions, load_tasks
+from effbench.measure.accuracy import SystemLM, build, evaluate
+from effbench.measure.questions import Questions
+from effbench.measure.tasks import check_tasks, load_tasks, task_names
 from effbench.reference.tokenizer import build_tokenizer
 from effbench.reference.world import World
 

@@ -30,7 +30,8 @@ class Job:
         path = results.path_of(fresh, self.out)
         self.record = results.load(path) if path.is_file() else fresh
         if not self.record.provenance:
-            asked = results.inputs(self.suite.model, self.suite.text, self.suite.calibration)
+            question = self.suite
+            asked = results.inputs(question.model, question.text, question.calibration, question.task_data)
             self.record.provenance = {**results.provenance(), "inputs": asked, "machine": machine()}
 
     def dense_record(self) -> Record | None:

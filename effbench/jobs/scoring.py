@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,38 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
     record.provenance["data_hash"] = windows.digest
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    return float(np.mean([value for value in values if value is not None])) if values else None
+
+
 def _score_tasks(job: Job, system: System) -> None:
     record, names = job.record, job.suite.tasks
     if not names:
-        record.put("accuracy", None, "no tasks were asked for (--tasks)")
+        for column in ("accuracy", "accuracy_norm"):
+            record.put(column, None, "no tasks were asked for (--tasks)")
         return
     from effbench.measure.accuracy import evaluate
 
-    found = evaluate(system, names, job.suite.limit, sharing.questions(job.out, job.suite, system))
+    suite = job.suite
+    asked = sharing.questions(job.out, suite, system)
+    found = evaluate(system, names, suite.limit, asked, suite.asking)
     for name, result in found.items():
+        for metric, value in result.metrics.items():
+            record.put(f"{metric}/{name}", value)
+        if result.correct is None:
+            continue
         record.put(f"accuracy/{name}", result.accuracy)
         record.put(f"accuracy_chance/{name}", result.chance, "it does not offer choices")
         record.samples[f"correct/{name}"] = list(result.correct)
-    record.put("accuracy", float(np.mean([result.accuracy for result in found.values()])))
-    chances = [result.chance for result in found.values() if result.chance is not None]
-    known = len(chances) == len(found)
-    record.put("accuracy_chance", float(np.mean(chances)) if known else None, "some tasks do not offer choices")
+        if result.correct_norm is not None:
+            record.put(f"accuracy_norm/{name}", result.accuracy_norm)
+            record.samples[f"correct_norm/{name}"] = list(result.correct_norm)
+    marked = [result for result in found.values() if result.correct is not None]
+    record.put("accuracy", _mean([result.accuracy for result in marked]), "no task has items that are right or wrong")
+    chances = [result.chance for result in marked]
+    record.put("accuracy_chance", _mean(chances) if None not in chances else None, "some tasks do not offer choices")
+    normed = [result.accuracy_norm for result in marked if result.accuracy_norm is not None]
+    record.put("accuracy_norm", _mean(normed), "no task is scored by the character")
     record.provenance["items_hash"] = {name: result.items_hash for name, result in found.items()}
 
 

@@ -4,7 +4,7 @@
 <out>/dense/windows.npz             the text that is scored
 <out>/dense/log_probabilities.npy   the dense model's, on the first of its tokens (see `measure.quality`)
 <out>/dense/prompts.npy             the prompts that are timed; the last of what applying the dense row leaves
-<out>/dense/questions-*.npz         the tasks' items for one tokenizer; made by the first row that is asked them
+<out>/dense/questions-*.npz         a task's items for one tokenizer; made by the first row that is asked them
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def questions(out: Path, suite: Suite, system: System) -> Questions:
     from effbench.measure.accuracy import build
     from effbench.measure.questions import Questions, fingerprint
 
-    path = folder(out) / f"questions-{fingerprint(system.tokenizer, suite.tasks, suite.limit)}.npz"
-    if not path.is_file():
-        build(system, suite.tasks, suite.limit).save(path)
-    return Questions.load(path)
+    parts = []
+    for name in suite.tasks:
+        path = folder(out) / f"questions-{fingerprint(system.tokenizer, name, suite.limit, suite.asking)}.npz"
+        if not path.is_file():
+            build(system, [name], suite.limit, suite.asking).save(path)
+        parts.append(Questions.load(path))
+    return Questions.joined(parts)
 
 
 def prompts(out: Path, device: torch.device) -> list[Tensor]:

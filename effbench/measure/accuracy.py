@@ -1,25 +1,24 @@
-"""Zero-shot accuracy through lm-eval, whose requests are answered by a `System`."""
+"""Accuracy through lm-eval, whose requests are answered by a `System`."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from effbench import registry
 from effbench.errors import TaskError
 from effbench.measure import questions
 from effbench.measure.encoding import Choices, Encoder
 from effbench.measure.likelihood import Likelihoods
-from effbench.measure.questions import Questions, TaskResult, load_tasks, task_manager
-from effbench.registry import suggest
+from effbench.measure.questions import Questions, TaskResult
+from effbench.measure.tasks import PLAINLY, Asking, load_tasks, quiet
 from effbench.technique import System
+
+FIGURES = ("word_perplexity", "bits_per_byte")
+"""What lm-eval says of a whole task and has a column here."""
 
 
 class SystemLM(Encoder):
@@ -38,11 +37,6 @@ class SystemLM(Encoder):
     def max_length(self) -> int:
         """The model's context in tokens."""
         return self.system.context
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Fingerprints lm-eval's request cache."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """The log-likelihood of each request's choice after its context, and whether greedy decoding would give it."""
@@ -92,69 +86,76 @@ class SystemLM(Encoder):
         return texts
 
 
-def task_names() -> list[str]:
-    """The tasks that come with effbench, by file name."""
-    return list(registry.tasks())
-
-
-def check_tasks(names: Sequence[str]) -> None:
-    """Raises `TaskError` for a task that neither effbench nor the installed lm-eval has."""
-    if set(names) <= set(task_names()):
-        return
-    known = set(task_manager(names).all_tasks)
-    for name in names:
-        if name not in known:
-            raise TaskError(f"no task {name!r}{suggest(name, sorted(known))} (`effbench list tasks` shows ours)")
-
-
-def build(system: System, names: Sequence[str], limit: int | None = None) -> Questions:
+def build(system: System, names: Sequence[str], limit: int | None = None, asking: Asking = PLAINLY) -> Questions:
     """The first `limit` items of each task for systems with this one's tokenizer.
 
-    Raises `TaskError` where a task's data cannot be had.
+    Raises `TaskError` where a task's items cannot be had.
     """
-    with _quiet():
-        return questions.build(SystemLM(system), names, limit)
+    with quiet():
+        return questions.build(SystemLM(system), names, limit, asking)
 
 
 def evaluate(
-    system: System, names: Sequence[str], limit: int | None = None, asked: Questions | None = None
+    system: System,
+    names: Sequence[str],
+    limit: int | None = None,
+    asked: Questions | None = None,
+    asking: Asking = PLAINLY,
 ) -> dict[str, TaskResult]:
-    """Each task's items, scored zero-shot with lm-eval's own prompts and metrics.
+    """Each task's items, scored with lm-eval's own prompts and metrics; a group's tasks one by one.
 
-    `asked` are the same tasks' questions if they are built already. Raises `TaskError` where a task's data cannot be
-    had or it gives no accuracy.
+    `asked` are the same tasks' questions if they are built already. Raises `TaskError` where a task's items cannot be
+    had or none of its metrics has a column here.
     """
-    asked = asked or build(system, names, limit)
+    asked = asked or build(system, names, limit, asking)
     values, _ = SystemLM(system).answer(asked.choices)
     results = asked.results(values)
     if asked.others:
-        with _quiet():
-            results |= _by_lm_eval(system, asked.others, limit)
+        with quiet():
+            results |= _by_lm_eval(system, names, asked.others, limit, asking)
     return {name: results[name] for name in asked.order}
 
 
-def _by_lm_eval(system: System, names: Sequence[str], limit: int | None) -> dict[str, TaskResult]:
-    """The same from requests to metrics by lm-eval itself."""
+def _by_lm_eval(
+    system: System, names: Sequence[str], others: Sequence[str], limit: int | None, asking: Asking
+) -> dict[str, TaskResult]:
+    """The same from requests to metrics by lm-eval itself, of some of the tasks that `names` stand for."""
     from lm_eval.evaluator import evaluate as run
 
-    loaded = load_tasks(names)
-    output = run(lm=SystemLM(system), task_dict=loaded, limit=limit, bootstrap_iters=0, verbosity="ERROR")
-    results = {}
-    for name, samples in output["samples"].items():
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        if "acc" not in samples[0]:
-            raise TaskError(f"task {name!r} gives no accuracy (its metrics are others); leave it out of --tasks")
-        correct = [int(sample["acc"]) for sample in samples]
-        choices = loaded["tasks"][name].get_config("output_type") == "multiple_choice"
-        chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples) if choices else None
-        items = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:16]
-        results[name] = TaskResult(correct, chance, items)
-    return results
+    loaded = load_tasks(names, asking)
+    tasks = {name: loaded["tasks"][name] for name in others}
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if asking.chat_template else {}
+    output = run(
+        lm=SystemLM(system),
+        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+        limit=limit,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+        **chat,
+    )
+    return {name: _result(name, task, output) for name, task in tasks.items()}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's progress and remarks."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def _result(name: str, task: Any, output: dict[str, Any]) -> TaskResult:
+    """What lm-eval says about one task, if it has a column here."""
+    samples = output["samples"][name]
+    first = samples[0]["filter"]  # a task may look at one answer in several ways; its first is the one it is known by
+    samples = sorted((one for one in samples if one["filter"] == first), key=lambda sample: sample["doc_id"])
+    items = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:16]
+    marks = {
+        metric: [int(sample[metric]) for sample in samples]
+        for metric in ("acc", "exact_match", "acc_norm")
+        if all(sample.get(metric) in (0, 1) for sample in samples)
+    }
+    correct = marks.get("acc", marks.get("exact_match"))
+    figures = output["results"][name]
+    metrics = {metric: figures.get(f"{metric},{first}") for metric in FIGURES}
+    metrics = {metric: float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
+    if correct is None and not metrics:
+        raise TaskError(
+            f"task {name!r} says neither what is right nor how likely a text is (its metrics are "
+            f"{', '.join(task.aggregation())}); leave it out of --tasks"
+        )
+    choices = task.get_config("output_type") == "multiple_choice"
+    chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples) if choices else None
+    return TaskResult(correct, chance, items, marks.get("acc_norm"), metrics)

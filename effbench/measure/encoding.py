@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from lm_eval.api.model import TemplateLM
 
+from effbench.errors import TaskError
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -39,10 +41,21 @@ class Choices:
         lengths = np.array([len(choice) for _, choice in pairs], np.int64)
         return cls([np.array(ids, np.int64) for ids in places], context_of, np.array(tokens, np.int64), lengths)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Choices]) -> Choices:
+        """Those of all parts, in their order."""
+        before = np.cumsum([0, *(len(part.contexts) for part in parts)])
+        return cls(
+            [context for part in parts for context in part.contexts],
+            np.concatenate([part.context_of + skipped for part, skipped in zip(parts, before, strict=False)]),
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+        )
+
     @property
     def starts(self) -> np.ndarray:
         """Where the tokens of each choice begin."""
-        return np.concatenate([[0], self.lengths.cumsum()[:-1]]).astype(np.int64)
+        return np.asarray(self.lengths.cumsum() - self.lengths, np.int64)
 
 
 class Encoder(TemplateLM):
@@ -64,6 +77,34 @@ class Encoder(TemplateLM):
         """The token before a text without context: the one that starts it, if there is one."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Fingerprints lm-eval's request cache."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns of a chat as the tokenizer's template writes them; without a system turn where it knows none.
+
+        Raises `TaskError` where the tokenizer has no template.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise TaskError(
+                "the model's tokenizer has no chat template (--apply-chat-template); leave that out, or give a model "
+                "that was made for chats"
+            )
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except TemplateError:
+            turns = [turn for turn in chat_history if turn["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(turns, **options))
 
     def encode(self, requests: Sequence[Any]) -> Choices:
         """The contexts and choices of log-likelihood requests.
