@@ -2,6 +2,7 @@
 # make test   everything CI checks: lint, types, tests, generated text
 # make results   measure the committed leaderboard anew, and the tables made of it
 # make evidence  measure what is missing of the reference family's tables of claims
+# make machine   measure what this machine can do, and a model beside it
 # make pruning   the same of pruning and low rank
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit docs bench results evidence pruning clean
+.PHONY: run test lint types unit docs bench results machine evidence pruning clean
 
 run: $(VENV)/.core
 	$(BIN)/effbench run
@@ -42,6 +43,9 @@ evidence: $(VENV)/.core
 
 pruning: $(VENV)/.core
 	$(BIN)/python -m effbench.evidence results/pruning
+
+machine: $(VENV)/.core
+	$(BIN)/python -m effbench.report.machine
 
 clean:
 	rm -rf $(VENV) runs

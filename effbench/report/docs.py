@@ -13,6 +13,7 @@ from effbench import registry, results
 from effbench.columns import COLUMNS
 from effbench.evidence.page import PAGES, page
 from effbench.measure.derived import rows
+from effbench.report import machine
 from effbench.report.markdown import markdown
 from effbench.report.table import VIEWS
 
@@ -38,6 +39,8 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
             texts[suite.parent / "README.md"] = f"# {suite.parent.name}\n\n{markdown(rows(records))}"
     for folder, shown in PAGES.items():
         texts[root / folder.relative_to(ROOT) / "README.md"] = page(root / folder.relative_to(ROOT), shown)
+    if (root / machine.FOLDER / "limits.json").is_file():
+        texts[root / machine.FOLDER / "README.md"] = machine.page(root / machine.FOLDER)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, content in blocks(root).items():
