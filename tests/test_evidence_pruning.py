@@ -87,14 +87,23 @@ def test_a_sparse_product_is_bold_where_it_wins(tmp_path: Path) -> None:
 
 
 def test_the_experiment_says_which_of_both_adds_less(tmp_path: Path) -> None:
-    noise = [1.0 + 0.01 * place for place in range(8)]
-    known = {"tokens": [100.0] * 8, "dense": noise}
-    for keep in fisher.KEEPS:
-        for part in fisher.PARTS:
-            known[f"svd:keep={keep} {part}"] = [value + 10 * part for value in noise]
-            known[f"fwsvd:keep={keep} {part}"] = [value + 12 * part**2 + 1e-3 * n for n, value in enumerate(noise)]
+    noise = [10.0 + 0.01 * place for place in range(8)]
+    added = {"q_proj": (2, 1), "down_proj": (1, 3), fisher.TOGETHER: (5, 5)}
+    rows = {
+        f"{technique} {keep} {kind}": {
+            "missed": 4.0 if technique == "svd" else 1.0,
+            "nats": [
+                value + both[technique == "fwsvd"] + 1e-3 * (-1) ** (place + both[0] * (technique == "svd"))
+                for place, value in enumerate(noise)
+            ],
+        }
+        for technique in ("svd", "fwsvd")
+        for keep in fisher.KEEPS
+        for kind, both in added.items()
+    }
     (tmp_path / "ref-1m").mkdir()
+    known = {"tokens": [100] * 8, "dense": noise, "rows": rows}
     (tmp_path / "ref-1m" / fisher.RECORD).write_text(json.dumps(known))
     lines = fisher.table(tmp_path, ["ref-1m", "ref-3m"]).lines
-    better = [line.cells[-1] for line in lines]
-    assert better == ["fwsvd"] * 4 + ["svd"] + ["fwsvd"] * 4 + ["svd"] + ["–"] * 10
+    assert [line.cells[-1] for line in lines] == ["fwsvd", "svd", "neither"] * 2 + ["–"]
+    assert lines[1].cells[2:5] == ["down_proj", "0.25", "+0.0100 ±0.0000"]
