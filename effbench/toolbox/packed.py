@@ -23,7 +23,7 @@ from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import decode
 from effbench.toolbox.kernels import compiled, words
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
-from effbench.toolbox.kernels.cpu import INT4_ROWS, INT8_ROWS, int4_product, int8_product, int8_readable, takes
+from effbench.toolbox.kernels.cpu import INT4_ROWS, INT8_ROWS, int4_product, int8_product, int8_rows, takes
 from effbench.toolbox.kernels.tiles import TILES, machine_tile, pack_tiles, unpack_tiles
 from effbench.toolbox.stored import StoredModule
 
@@ -160,8 +160,11 @@ class PackedLinear(StoredModule):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix (out, in) that the codes stand for, computed in float32 and made anew by each call."""
-        if dtype == torch.bfloat16 and (kernel := self._compiled()):
+        kernel = self._compiled() if dtype == torch.bfloat16 else None
+        if kernel and self.tile:
             return kernel.unpacked(self._told(), self.out_features, self.in_features)
+        if kernel and kernel.vectors and self.bits == 8 and self.groups == 1:
+            return kernel.int8_unpacked(*self._int8())
         scales, zeros, shifts = self._grids()
         if self.words:
             codes = words.unpack_words(self.codes, self.out_features, self.in_features, self.bits)
@@ -210,22 +213,28 @@ class PackedLinear(StoredModule):
     def _kernel_product(self, x: Tensor) -> Tensor | None:
         """The rows of `x` times the weight by a kernel; `None` where there is none for it."""
         rows = x.reshape(-1, self.in_features)
-        kernel = self._compiled() if takes(x, compiled.ROWS) else None
+        kernel = self._compiled() if self.tile and takes(x, compiled.ROWS) else None
         # without vectors of its own, ATen's kernel is the faster one for its tiles
         if kernel and len(rows) <= kernel.rows and (self.words or kernel.vectors):
             return kernel.product(rows.contiguous(), self._told(), self.out_features)
         if self.tile and self.tile == machine_tile() and takes(x, INT4_ROWS):
             return int4_product(rows.contiguous(), self.codes, self.scales_zeros)
         if self.bits == 8 and self.groups == 1 and takes(x, INT8_ROWS):
-            codes = self.codes.view(torch.int8).view(self.out_features, self.in_features)
-            if int8_readable(codes):
-                scales, zeros, _ = self._grids()
-                return int8_product(rows.contiguous(), codes, scales.flatten(), zeros.flatten() - 128)
+            codes, scales, zeros = self._int8()
+            if len(rows) <= int8_rows(codes):
+                return int8_product(rows.contiguous(), codes, scales, zeros)
         return None
 
+    def _int8(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of codes of 8 bits with one grid a row, the codes (out, in) as int8 and float32 scales and zeros (out,)."""
+        scales, zeros, _ = self._grids()
+        codes = self.codes.view(torch.int8).view(self.out_features, self.in_features)
+        return codes, scales.flatten(), zeros.flatten() - 128
+
     def _compiled(self) -> compiled.Kernel | None:
-        """The compiled kernel, if it can read these codes where they are."""
-        return compiled.kernel() if self.tile and self.codes.device.type == "cpu" else None
+        """The compiled kernel, if there may be one for these codes where they are."""
+        able = self.tile or (self.bits == 8 and self.groups == 1)
+        return compiled.kernel() if able and self.codes.device.type == "cpu" else None
 
     def _told(self) -> tuple[Any, ...]:
         """What the compiled kernel has to know of the weight."""

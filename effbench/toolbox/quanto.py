@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from effbench.toolbox.checks import one_of
 from effbench.toolbox.extras import require
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
-from effbench.toolbox.kernels.cpu import INT8_ROWS, int8_product, int8_readable, takes
+from effbench.toolbox.kernels.cpu import INT8_ROWS, int8_product, int8_rows, takes
 from effbench.toolbox.stored import StoredModule
 
 PACKAGE, EXTRA = "optimum.quanto", "quanto"
@@ -57,7 +57,7 @@ class QuantoLinear(StoredModule):
     bias: whether there is one.
     dtype: of scales, shifts and bias, in which weights are computed too.
 
-    On a CPU, a few bfloat16 rows go through ATen's int8 kernel. All else unpacks the codes and multiplies.
+    On a CPU, a few bfloat16 rows go through an int8 kernel. All else unpacks the codes and multiplies.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class QuantoLinear(StoredModule):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.bits == 8 and takes(x, INT8_ROWS) and int8_readable(self.codes):
+        if self.bits == 8 and takes(x, INT8_ROWS) and takes(x, int8_rows(self.codes)):
             scales = self.scales.flatten().float()
             rows = x.reshape(-1, self.in_features).contiguous()
             product = int8_product(rows, self.codes, scales, torch.zeros_like(scales))

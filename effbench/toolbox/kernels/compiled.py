@@ -15,6 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ MACHINE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native",), ())
 """Flags for this very machine, of which the first that the compiler takes are used."""
 COMPILE_SECONDS = 120
 """A compiler that takes longer is given up."""
-ROWS, ROWS_WITHOUT_VECTORS = 40, 1
+ROWS, ROWS_WITHOUT_VECTORS = 32, 1
 """Up to so many rows the kernel beats unpacking (2048 x 2048, one thread): with AVX-512 and without."""
+INT8_ROWS = 10
+"""The same for codes of 8 bits, which it unpacks fast, and for which it has no kernel without AVX-512."""
 ALONE = 1 << 17
 """A matrix of fewer weights is not worth a second thread."""
 KINDS = {"middle": 0, "codes": 1, "float16": 2, "tiles": 1}
@@ -49,9 +53,13 @@ class Kernel:
         weights = [pointer] * 3 + [count] * 3 + [number] * 3
         self._library.effbench_product.argtypes = [*weights, pointer, count, pointer, number]
         self._library.effbench_unpack.argtypes = [*weights, pointer, number]
-        self._library.effbench_product.restype = self._library.effbench_unpack.restype = None
         self.vectors = bool(self._library.effbench_vectors())
         self.rows = ROWS if self.vectors else ROWS_WITHOUT_VECTORS
+        if self.vectors:
+            self._library.effbench_int8_product.argtypes = (
+                [pointer] * 3 + [count] * 2 + [pointer, count, pointer, number]
+            )
+            self._library.effbench_int8_unpack.argtypes = [pointer] * 3 + [count] * 2 + [pointer, number]
 
     def product(self, x: Tensor, weights: tuple[Any, ...], out_features: int) -> Tensor:
         """`x` (rows, in) times the transposed weights, in bfloat16; `weights` are what `weights` gives."""
@@ -64,6 +72,27 @@ class Kernel:
         """The weights (out, in) in bfloat16."""
         y = torch.empty(out_features, in_features, dtype=torch.bfloat16)
         self._library.effbench_unpack(*weights, y.data_ptr(), self._threads(y.numel()))
+        return y
+
+    def int8_product(self, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """`x` (rows, in) times the transpose of scales * (codes - zeros), in bfloat16, with `vectors` only.
+
+        `codes` (out, in) are int8, `scales` and `zeros` (out,) float32.
+        """
+        (out_features, in_features), place = codes.shape, codes.data_ptr()
+        y = torch.empty(x.shape[0], out_features, dtype=torch.bfloat16)
+        weights = place, scales.data_ptr(), zeros.data_ptr(), in_features, out_features
+        self._library.effbench_int8_product(
+            *weights, x.data_ptr(), x.shape[0], y.data_ptr(), self._threads(codes.numel())
+        )
+        return y
+
+    def int8_unpacked(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """scales * (codes - zeros) (out, in) in bfloat16, with `vectors` only."""
+        (out_features, in_features), place = codes.shape, codes.data_ptr()
+        y = torch.empty(out_features, in_features, dtype=torch.bfloat16)
+        weights = place, scales.data_ptr(), zeros.data_ptr(), in_features, out_features
+        self._library.effbench_int8_unpack(*weights, y.data_ptr(), self._threads(codes.numel()))
         return y
 
     @staticmethod
@@ -88,14 +117,27 @@ def weights(
     return codes.data_ptr(), grids.data_ptr(), place, *sizes, bits, tile, KINDS[kind]
 
 
+_OFF: list[None] = []
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """As if there were no compiler here while the context is open."""
+    _OFF.append(None)
+    try:
+        yield
+    finally:
+        _OFF.pop()
+
+
 def kernel() -> Kernel | None:
     """The kernel of this machine, compiled if need be; `None` where there is none."""
-    return _built()[0]
+    return None if _OFF else _built()[0]
 
 
 def absent() -> str | None:
     """Why there is no kernel; `None` if there is one."""
-    return _built()[1]
+    return "it is switched off" if _OFF else _built()[1]
 
 
 @cache

@@ -1,9 +1,10 @@
-// Products of bfloat16 rows with packed codes of 2, 3 or 4 bits, and such codes unpacked to bfloat16.
+// Products of bfloat16 rows with packed codes of 2, 3, 4 or 8 bits, and such codes unpacked to bfloat16.
 //
 // For few rows only: a weight is read once, as few bytes as it is stored in, and nothing is written but the result.
 // Layouts are those of `words.py` (tiles of 16 rows) and `tiles.py` (64 or 32 rows). In both, what is read at once are
 // the codes of 16 rows in 2 neighbouring columns: 16 numbers of 32 bits for a product that takes pairs of inputs.
 // There is one path for AVX-512 with bfloat16 and one in plain C++ that compilers turn into vectors by themselves.
+// Codes of 8 bits lie row by row, and are for the former only.
 
 #include <cstdint>
 #include <cstdlib>
@@ -333,13 +334,18 @@ void product(const Weights &w, int64_t tile, const uint16_t *x, const float *inp
     const Table<BITS> table;
     const int64_t steps = w.width / STEP, groups = w.in / w.width;
     Floats total[M][TALL];
-    for (auto &row : total)
-        for (Floats &one : row) one = broadcast(0);
+EFFBENCH_UNROLL(8)
+    for (int m = 0; m < M; m++)
+EFFBENCH_UNROLL(4)
+        for (int which = 0; which < TALL; which++) total[m][which] = broadcast(0);
     for (int64_t group = 0; group < groups; group++) {
         Floats sums[M][TALL][CHAINS];
-        for (auto &row : sums)
-            for (auto &some : row)
-                for (Floats &one : some) one = broadcast(0);
+EFFBENCH_UNROLL(8)
+        for (int m = 0; m < M; m++)
+EFFBENCH_UNROLL(4)
+            for (int which = 0; which < TALL; which++)
+EFFBENCH_UNROLL(4)
+                for (int chain = 0; chain < CHAINS; chain++) sums[m][which][chain] = broadcast(0);
         for (int64_t step = group * steps; step < (group + 1) * steps; step++) {
             const uint16_t *here = x + step * STEP;
             layout.step(step, [&](int pair, int which, const Codes &codes) __attribute__((always_inline)) {
@@ -350,17 +356,22 @@ EFFBENCH_UNROLL(8)
                 }
             });
         }
+EFFBENCH_UNROLL(4)
         for (int which = 0; which < TALL; which++) {
             const Grid grid(w, group, (tile * TALL + which) * ROWS);
+EFFBENCH_UNROLL(8)
             for (int m = 0; m < M; m++) {
                 Floats sum = sums[m][which][0];
+EFFBENCH_UNROLL(4)
                 for (int chain = 1; chain < CHAINS; chain++) sum = plus(sum, sums[m][which][chain]);
                 sum = grid.apply(sum, broadcast(inputs[m * groups + group]), 1 << (BITS - 1));
                 total[m][which] = plus(total[m][which], sum);
             }
         }
     }
+EFFBENCH_UNROLL(8)
     for (int m = 0; m < M; m++)
+EFFBENCH_UNROLL(4)
         for (int which = 0; which < TALL; which++) store(y + m * w.out + (tile * TALL + which) * ROWS, total[m][which]);
 }
 
@@ -385,14 +396,70 @@ template <class Layout, int BITS> void unpack(const Weights &w, int64_t tile, ui
         Grid grids[TALL];
         for (int which = 0; which < TALL; which++) grids[which] = Grid(w, group, (tile * TALL + which) * ROWS);
         for (int64_t step = group * steps; step < (group + 1) * steps; step++) {
-            Block<BITS> blocks[TALL];
-            layout.step(step, [&](int pair, int which, const Codes &codes) __attribute__((always_inline)) {
-                blocks[which].put(pair, codes, grids[which]);
-            });
-            for (int which = 0; which < TALL; which++) blocks[which].write(y + which * ROWS * w.in + step * STEP, w.in);
+EFFBENCH_UNROLL(4)
+            for (int one = 0; one < TALL; one++) {  // so that a block stays in registers
+                Block<BITS> block;
+                layout.step(step, [&](int pair, int which, const Codes &codes) __attribute__((always_inline)) {
+                    if (which == one) block.put(pair, codes, grids[which]);
+                });
+                block.write(y + one * ROWS * w.in + step * STEP, w.in);
+            }
         }
     }
 }
+
+// Sums over each group of `width` inputs, (rows, groups)
+float *group_sums(const uint16_t *x, int64_t places, int64_t width) {
+    float *found = (float *)malloc(places * sizeof(float));
+    for (int64_t place = 0; place < places; place++) {
+        float parts[ROWS] = {};
+        for (int64_t k = 0; k < width; k++) parts[k % ROWS] += number(x[place * width + k]);
+        found[place] = 0;
+        for (float one : parts) found[place] += one;
+    }
+    return found;
+}
+
+#ifdef EFFBENCH_VECTORS
+
+inline __m512bh bfloats(__m256i codes) {  // 32 codes of 8 bits: such whole numbers are exact
+    const __m512i wide = _mm512_cvtepi8_epi16(codes);
+    const Floats even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(wide, 16), 16));
+    const Floats odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(wide, 16));
+    return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)even, 16), (__m512i)odd);
+}
+
+// `M` rows of `x` times one row of int8 codes: `sums` (M)
+template <int M> inline void int8_dot(const int8_t *codes, int64_t in, const uint16_t *x, float *sums) {
+    constexpr int CHAINS = 4;
+    Floats found[M][CHAINS];
+EFFBENCH_UNROLL(4)
+    for (int m = 0; m < M; m++)
+EFFBENCH_UNROLL(4)
+        for (int chain = 0; chain < CHAINS; chain++) found[m][chain] = broadcast(0);
+    int64_t k = 0;
+    for (; k + CHAINS * STEP <= in; k += CHAINS * STEP)
+EFFBENCH_UNROLL(4)
+        for (int chain = 0; chain < CHAINS; chain++) {
+            const int64_t at = k + chain * STEP;
+            const __m512bh weights = bfloats(_mm256_loadu_si256((const __m256i *)(codes + at)));
+EFFBENCH_UNROLL(4)
+            for (int m = 0; m < M; m++)
+                found[m][chain] = _mm512_dpbf16_ps(found[m][chain], weights, (__m512bh)_mm512_loadu_si512(x + m * in + at));
+        }
+    for (; k < in; k += STEP) {
+        const __mmask32 mask = in - k >= STEP ? 0xffffffff : (1u << (in - k)) - 1;
+        const __m512bh weights = bfloats(_mm256_maskz_loadu_epi8(mask, codes + k));
+EFFBENCH_UNROLL(4)
+        for (int m = 0; m < M; m++)
+            found[m][0] = _mm512_dpbf16_ps(found[m][0], weights, (__m512bh)_mm512_maskz_loadu_epi16(mask, x + m * in + k));
+    }
+EFFBENCH_UNROLL(4)
+    for (int m = 0; m < M; m++)
+        sums[m] = _mm512_reduce_add_ps(plus(plus(found[m][0], found[m][1]), plus(found[m][2], found[m][3])));
+}
+
+#endif
 
 }  // namespace
 
@@ -419,21 +486,7 @@ extern "C" void effbench_product(
     int tile, int kind, const uint16_t *x, int64_t rows, uint16_t *y, int threads
 ) {
     const Weights w = {codes, grids, zeros, in, out, width, bits, tile, kind};
-    const int64_t groups = in / width;
-    float *inputs = (float *)malloc(rows * groups * sizeof(float));
-    for (int64_t place = 0; place < rows * groups; place++) {
-        Floats parts = broadcast(0);
-        float some[ROWS];
-        for (int64_t k = 0; k < width; k += ROWS) {
-            for (int i = 0; i < ROWS; i++) some[i] = number(x[place * width + k + i]);
-            Floats these;
-            memcpy(&these, some, sizeof these);
-            parts = plus(parts, these);
-        }
-        memcpy(some, &parts, sizeof some);
-        inputs[place] = 0;
-        for (float one : some) inputs[place] += one;
-    }
+    float *inputs = group_sums(x, rows * (in / width), width);
 #define RUN(LAYOUT, BITS) products<LAYOUT, BITS>(w, number, x, rows, inputs, y)
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t number = 0; number < out / tile; number++) { EFFBENCH_CHOOSE(w, RUN) }
@@ -452,3 +505,36 @@ extern "C" void effbench_unpack(
     for (int64_t number = 0; number < out / tile; number++) { EFFBENCH_CHOOSE(w, RUN) }
 #undef RUN
 }
+
+#ifdef EFFBENCH_VECTORS
+
+// y (rows, out) = x (rows, in) times the transpose of scales (codes - zeros), with one scale and zero for each output
+extern "C" void effbench_int8_product(
+    const int8_t *codes, const float *scales, const float *zeros, int64_t in, int64_t out, const uint16_t *x, int64_t rows,
+    uint16_t *y, int threads
+) {
+    float *inputs = group_sums(x, rows, in);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < out; row++) {
+        float sums[4];
+        for (int64_t m = 0; m < rows;) {
+            const int some = rows - m >= 4 ? 4 : 1;
+            if (some == 4) int8_dot<4>(codes + row * in, in, x + m * in, sums);
+            else int8_dot<1>(codes + row * in, in, x + m * in, sums);
+            for (int one = 0; one < some; one++, m++)
+                y[m * out + row] = bfloat(scales[row] * (sums[one] - zeros[row] * inputs[m]));
+        }
+    }
+    free(inputs);
+}
+
+// y (out, in) = the weights in bfloat16
+extern "C" void effbench_int8_unpack(
+    const int8_t *codes, const float *scales, const float *zeros, int64_t in, int64_t out, uint16_t *y, int threads
+) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < out; row++)
+        for (int64_t k = 0; k < in; k++) y[row * in + k] = bfloat((codes[row * in + k] - zeros[row]) * scales[row]);
+}
+
+#endif

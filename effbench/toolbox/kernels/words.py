@@ -31,15 +31,20 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(packed: Tensor, out_features: int, in_features: int, bits: int) -> Tensor:
-    """The codes (out, in) of type uint8 that `pack_words` made into flat bytes."""
-    codes = torch.zeros(out_features, in_features, dtype=torch.uint8, device=packed.device)
-    below = start = 0
+    """The codes (out, in) of type int16 that `pack_words` made into flat bytes."""
+    codes, below, start = None, 0, 0
     for part in _parts(bits):
         size, each = out_features * in_features * part // 8, 16 // part
-        values = _codes(packed[start : start + size], part).view(-1, in_features // (2 * each), TILE, 2, each)
-        codes |= values.permute(0, 2, 1, 4, 3).reshape(out_features, in_features) << below
+        # both words of a row at once: a shift and a mask leave two neighbouring columns, 16 bits each
+        rows = packed[start : start + size].view(torch.int32).view(-1, in_features // (2 * each), TILE).transpose(1, 2)
+        shifts = torch.arange(0, 16, part, dtype=torch.int32, device=packed.device)
+        pairs = torch.empty(*rows.shape, each, dtype=torch.int32, device=packed.device)
+        torch.bitwise_right_shift(rows.unsqueeze(-1), shifts, out=pairs)
+        pairs = pairs.bitwise_and_((2**part - 1) * 0x10001).view(out_features, -1)
+        codes = pairs if codes is None else codes.add_(pairs, alpha=2**below)
         below, start = below + part, start + size
-    return codes
+    assert codes is not None
+    return codes.view(torch.int16)
 
 
 def pack_masks(zeros: Tensor, bits: int) -> Tensor:
