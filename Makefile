@@ -4,13 +4,14 @@
 # make evidence  measure what is missing of the reference family's tables of claims
 # make machine   measure what this machine can do, and a model beside it
 # make pruning   the same of pruning and low rank
+# make quantization   the same of quantization, and how fast packed weights are multiplied on this machine
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: run test lint types unit docs bench results machine evidence pruning clean
+.PHONY: run test lint types unit docs bench results machine evidence pruning quantization clean
 
 run: $(VENV)/.core
 	$(BIN)/effbench run
@@ -46,6 +47,9 @@ pruning: $(VENV)/.core
 
 machine: $(VENV)/.core
 	$(BIN)/python -m effbench.report.machine
+
+quantization: $(VENV)/.core
+	$(BIN)/python -m effbench.evidence results/quantization
 
 clean:
 	rm -rf $(VENV) runs

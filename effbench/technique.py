@@ -135,6 +135,11 @@ class Technique(ABC):
         """Why this cannot be applied here, as a sentence for the table; `None` if it can."""
         return None
 
+    def promised_bits(self) -> float | None:
+        """Bits of a stored weight, scales left out, that the options promise; `None` if they promise none."""
+        stored = getattr(self, "bits", getattr(self, "packing", None))
+        return None if stored is None else float(stored)
+
     @abstractmethod
     def apply(self, system: System, data: Data) -> System:
         """The changed system. `system` may be changed in place: it belongs to this call.

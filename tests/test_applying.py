@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, random_system
+from conftest import LLAMA_LIKE, applied, calibrated, random_system
 
 from effbench.jobs.applying import _Before, _record_size, promised_bits
 from effbench.measure.derived import rows
@@ -11,6 +11,8 @@ from effbench.registry import parse
 from effbench.results import Record
 from effbench.suite import Suite
 from effbench.technique import System
+from effbench.toolbox.kernels import compiled
+from effbench.toolbox.stored import remarks
 from effbench.toolbox.walk import matrices
 
 
@@ -25,6 +27,15 @@ from effbench.toolbox.walk import matrices
         ("svd:keep=0.8+rtn:bits=8", [6.4, 8, 12.8]),
         ("magnitude:sparsity=0.5+rtn:bits=4+sink_window", [3, 4, 9]),
         ("bitnet:packing=1.6", [1.6, 16]),
+        ("nf4", [4, 16]),
+        ("fp4", [4, 16]),
+        ("mx:format=mxfp6_e3m2", [6, 16]),
+        ("llm_int8", [8, 16]),
+        ("smoothquant", [8, 16]),
+        ("quanto:bits=2", [2, 16]),
+        ("torchao_int4", [4, 16]),
+        ("torchao_int8", [8, 16]),
+        ("quarot:bits=3", [3, 16]),
     ],
 )
 def test_a_promise_follows_from_the_standard_options(pipeline: str, promises: list[float]) -> None:
@@ -96,3 +107,45 @@ def test_bits_that_a_part_of_the_pipeline_would_have_needed_anyway_are_called_si
     record.samples["promised_bits_without_one"] = promises[1:]
     record.put("bits_per_weight", realised)
     assert rows([record])[0].simulated is simulated
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "simulated", "unpacked"),
+    [
+        ("rtn:bits=4", [], []),
+        ("rtn:bits=8", [], []),
+        ("rtn:bits=3", [], []),
+        ("rtn:bits=3,group_size=16", [], ["codes are unpacked for each product: no kernel suits such rows"]),
+        ("mx", ["no kernel here multiplies mxfp4: it is unpacked"], []),
+        (
+            "quarot:bits=4,method=rtn,activation_bits=4",
+            ["inputs are rounded to 4 bits and multiplied in the model"],
+            [],
+        ),
+        ("smoothquant:samples=2", [], []),
+    ],
+)
+def test_a_system_says_what_it_only_imitates(pipeline: str, simulated: list[str], unpacked: list[str]) -> None:
+    if compiled.kernel() is None:
+        pytest.skip(f"no compiled kernel: {compiled.absent()}")
+    system = calibrated(random_system("llama"), pipeline)
+    for kind, expected in (("simulated", simulated), ("unpacked", unpacked)):
+        said = remarks(system.model.modules(), kind)
+        assert len(said) == len(expected) and all(map(str.startswith, said, expected))
+
+
+def test_without_a_compiler_three_bits_say_so() -> None:
+    with compiled.switched_off():
+        system = applied(random_system("llama"), "rtn:bits=3")
+        assert remarks(system.model.modules(), "unpacked") == [
+            "codes are unpacked for each product: it is switched off"
+        ]
+
+
+def test_a_row_that_imitates_is_simulated_though_its_bytes_are_small() -> None:
+    record = Record("suite", "model", "mx", 0, status="ok")
+    record.put("promised_bits_per_weight", 4.0)
+    record.put("bits_per_weight", 4.25)
+    assert not rows([record])[0].simulated
+    record.provenance["simulated"] = ["no kernel here multiplies mxfp4: it is unpacked for each product"]
+    assert rows([record])[0].simulated

@@ -190,3 +190,33 @@ def test_importing_it_compiles_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": script(tmp_path, f"touch {tmp_path}/called")}
     subprocess.run([sys.executable, "-c", ask], env=environment, check=True)
     assert not (tmp_path / "called").exists() and not (tmp_path / "effbench").exists()
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(37, 70), (64, 64), (5, 300), (1, 31)])
+def test_int8_products_are_those_of_the_unpacked_weights(out_features: int, in_features: int) -> None:
+    kernel = compiled.kernel()
+    if kernel is None or not kernel.vectors:
+        pytest.skip("no kernel for int8 here")
+    generator = torch.Generator().manual_seed(in_features)
+    codes = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8, generator=generator)
+    scales, zeros = torch.rand(out_features, generator=generator), torch.randn(out_features, generator=generator)
+    exact = (codes.float() - zeros.unsqueeze(1)) * scales.unsqueeze(1)
+    assert torch.equal(kernel.int8_unpacked(codes, scales, zeros), exact.bfloat16())
+    for rows in (1, 3, 9):
+        x = torch.randn(rows, in_features, generator=generator).bfloat16()
+        expected = x.float() @ exact.T
+        assert (kernel.int8_product(x, codes, scales, zeros).float() - expected).norm() <= 2**-8 * expected.norm()
+
+
+def test_eight_bits_go_through_it_for_a_few_rows_and_are_unpacked_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = compiled.kernel()
+    if kernel is None or not kernel.vectors:
+        pytest.skip("no kernel for int8 here")
+    layer = get("rtn")(bits=8).layer(nn.Linear(70, 40, dtype=torch.bfloat16), None)
+    calls: list[str] = []
+    for name in ("int8_product", "int8_unpacked"):
+        real = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    for rows in (1, compiled.INT8_ROWS, compiled.INT8_ROWS + 1):
+        layer(torch.randn(rows, 70).bfloat16())
+    assert calls == ["int8_product", "int8_product", "int8_unpacked"]

@@ -148,7 +148,10 @@ def test_a_kernel_of_aten_equals_its_own_unpacked_product(
 
 
 @pytest.mark.parametrize("columns", [13, 17, 30, 40])
-def test_a_width_that_the_int8_kernel_would_read_past_is_unpacked(columns: int) -> None:
+def test_a_width_that_the_int8_kernel_would_read_past_is_unpacked(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr(compiled, "kernel", lambda: None)
     packed = random_packed(24, columns, 8)
     x = torch.randn(5, columns).bfloat16()
     assert torch.equal(packed(x), nn.functional.linear(x, packed.dequantized(torch.bfloat16)))
@@ -156,7 +159,12 @@ def test_a_width_that_the_int8_kernel_would_read_past_is_unpacked(columns: int) 
 
 @pytest.mark.parametrize("offset", [4, 16, 52])
 @pytest.mark.parametrize("rows", [1, 4, 24])
-def test_the_int8_kernel_is_kept_from_memory_that_it_cannot_read(offset: int, rows: int) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_int8_kernel_is_kept_from_memory_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, offset: int, rows: int, own: bool
+) -> None:
+    if not own:
+        monkeypatch.setattr(compiled, "kernel", lambda: None)
     packed = random_packed(19, 64, 8)
     x = torch.randn(rows, 64).bfloat16()
     expected = packed(x)

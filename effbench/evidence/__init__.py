@@ -1,4 +1,4 @@
-"""Tables of claims, each beside the figures that bear it or do not: of the reference family, of pruning.
+"""Tables of claims beside the figures that bear them or do not: of the reference family, pruning, quantization.
 
     python -m effbench.evidence [FOLDER]    measures what is missing: suites -> committed, small records -> the page
     python -m effbench.report.docs          makes all pages anew from the committed records
@@ -13,3 +13,5 @@ FOLDER = _RESULTS / "reference" / "evidence"
 """Suites with their records, the training records of what does not ship, and the page."""
 PRUNING = _RESULTS / "pruning"
 """The same of pruning and low rank."""
+QUANTIZATION = _RESULTS / "quantization"
+"""The same of quantization."""

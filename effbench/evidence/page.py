@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.evidence import FOLDER, PRUNING, facts, orderings, others, pruning, training
+from effbench.evidence import FOLDER, PRUNING, QUANTIZATION, facts, orderings, others, pruning, quantization, training
 from effbench.evidence.table import Table
 
 
@@ -36,6 +36,7 @@ def tables(folder: Path) -> list[Table]:
 
 PAGES = {
     FOLDER: Shown("What the reference family shows", "make evidence", tables),
+    QUANTIZATION: Shown("What quantization shows", "make quantization", quantization.tables, quantization.measure),
     PRUNING: Shown("What pruning and low rank show", "make pruning", pruning.tables, pruning.measure),
 }
 """By the folder that a page and its records lie in."""

@@ -20,7 +20,7 @@ from effbench.measure import memory
 from effbench.measure.energy import meter
 from effbench.results import Record
 from effbench.technique import System, Technique
-from effbench.toolbox.stored import StoredModule
+from effbench.toolbox.stored import StoredModule, remarks
 from effbench.toolbox.walk import blocks, is_matrix, matrices
 
 
@@ -98,6 +98,9 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     promises = promised_bits(techniques, before.bits)
     record.put("promised_bits_per_weight", promises[0] if promises else None, "its options promise no bits")
     record.samples["promised_bits_without_one"] = promises[1:]
+    modules = [module for part in (result.model, *result.parts.values()) for module in part.modules()]
+    for kind in ("simulated", "unpacked"):
+        record.provenance[kind] = remarks(modules, kind)
     if not own_code:
         store.save(result, job.system_folder, pipeline)
     record.measured["apply"] = record.cost["seconds"] or 0.0
@@ -207,5 +210,4 @@ def _promise(technique: Technique) -> tuple[float, float | None, float]:
         kept = 1 - zeros / run
     else:
         kept = 1 - float(options.get("sparsity", 0.0))
-    stored = options.get("bits", options.get("packing"))
-    return options.get("keep", 1.0) * kept, None if stored is None else float(stored), float(kept < 1)
+    return options.get("keep", 1.0) * kept, technique.promised_bits(), float(kept < 1)

@@ -26,8 +26,8 @@ class Row:
 
     Each name in `values` is a column, or a column and a part of it (`accuracy_stderr/piqa`); `missing` says why a
     value is `None`. `within_noise` are the columns that do not tell this row from the dense one, `tied` the ranks that
-    it shares. `simulated`: the bits that the options promise are not realised in the bytes. `warnings` are sentences
-    about how far the row can be trusted, by a word for each.
+    it shares. `simulated`: the bits that the options promise are not realised in the bytes, or what they ask for is only
+    imitated here. `warnings` are sentences about how far the row can be trusted, by a word for each.
     """
 
     record: Record
@@ -143,8 +143,10 @@ def accuracy_differences(one: Record, other: Record) -> dict[str, tuple[float, f
 
 
 def _is_simulated(record: Record) -> bool:
-    """Whether the realised bits are nearer to those of the dense weights, or to those that the pipeline would promise
-    without one of its techniques, than to those that it promises."""
+    """Whether it imitates what its options ask for, or the realised bits are nearer to those of the dense weights, or
+    to those that the pipeline would promise without one of its techniques, than to those that it promises."""
+    if record.provenance.get("simulated"):
+        return True
     promised = record.values.get("promised_bits_per_weight")
     dense_bits = BITS.get(str(record.settings.get("dtype")), 16.0)
     realised = record.values.get("bits_per_weight")

@@ -86,8 +86,18 @@ def legend(table: Table) -> list[str]:
     if "bits_per_weight" in names and any("(" in cell.text for cell in cells):
         said.append("( ) bits that the options promise")
     if any(line.row.simulated for line in table.lines):
-        said.append("simulated: the bytes stored do not keep what the options promise")
-    return ["; ".join(said)] if said else []
+        said.append("simulated: the bytes stored do not keep what the options promise, or it is imitated as said below")
+    return (["; ".join(said)] if said else []) + _remarks(table)
+
+
+def _remarks(table: Table) -> list[str]:
+    """What systems say of themselves, those rows together that say the same."""
+    grouped: dict[str, list[str]] = {}
+    for line in table.lines:
+        for kind in ("simulated", "unpacked"):
+            for reason in line.row.record.provenance.get(kind, []):
+                grouped.setdefault(reason, []).append(line.label)
+    return [f"{', '.join(labels)}: {reason}" for reason, labels in grouped.items()]
 
 
 def dashes(table: Table) -> list[str]:

@@ -129,5 +129,9 @@ class BlockScaledLinear(StoredModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.dequantized(x.dtype), bias)
 
+    @property
+    def simulated(self) -> str | None:
+        return f"no kernel here multiplies {self.options['format']}: it is unpacked for each product"
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

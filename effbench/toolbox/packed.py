@@ -243,6 +243,21 @@ class PackedLinear(StoredModule):
         shape = self.out_features, self.in_features
         return compiled.weights(self.codes, grids, zeros, shape, self.groups, self.bits, self.tile, kind)
 
+    @property
+    def simulated(self) -> str | None:
+        on_cpu = self.codes.device.type in ("cpu", "meta")
+        return None if on_cpu else "no kernel here multiplies packed codes: they are unpacked for each product"
+
+    @property
+    def unpacked(self) -> str | None:
+        if self.simulated or (self.bits == 8 and self.groups == 1):
+            return None
+        if not self.tile:
+            return "codes are unpacked for each product: no kernel suits such rows, groups or dtypes"
+        if self.tile == machine_tile() or self._compiled():
+            return None
+        return f"codes are unpacked for each product: {compiled.absent()}"
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 

@@ -80,6 +80,11 @@ class TurnedLinear(StoredModule):
         product: Tensor = self.inner(x)
         return product
 
+    @property
+    def simulated(self) -> str | None:
+        bits = self.activation_bits
+        return f"inputs are rounded to {bits} bits and multiplied in the model's dtype" if bits < 16 else None
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -17,3 +18,19 @@ class StoredModule(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
+
+    @property
+    def simulated(self) -> str | None:
+        """What it only imitates where its tensors are, as half a sentence: its time there says nothing."""
+        return None
+
+    @property
+    def unpacked(self) -> str | None:
+        """Why, where its tensors are, its weights are unpacked for a single row, too: it has no kernel there."""
+        return None
+
+
+def remarks(modules: Iterable[nn.Module], kind: str) -> list[str]:
+    """What stored modules say about themselves, `kind` being "simulated" or "unpacked"; each sentence once."""
+    said = {getattr(module, kind) for module in modules if isinstance(module, StoredModule)}
+    return sorted(said - {None})

@@ -21,6 +21,7 @@ class LLMInt8(LayerTechnique):
 
     paper: ClassVar[str] = "Dettmers et al. 2022, arXiv:2208.07339"
     needs_inputs: ClassVar[bool] = False
+    bits: ClassVar[int] = 8
 
     threshold: float = 6.0
 

@@ -30,6 +30,9 @@ class Microscaling(LayerTechnique):
     def __post_init__(self) -> None:
         one_of("format", self.format, tuple(BLOCK_FORMATS))
 
+    def promised_bits(self) -> float:
+        return BLOCK_FORMATS[self.format].element.bits
+
     def unfit_layer(self, linear: nn.Linear) -> str | None:
         width = BLOCK_FORMATS[self.format].width
         if linear.in_features % width:

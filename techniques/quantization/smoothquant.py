@@ -33,6 +33,7 @@ class SmoothQuant(LayerTechnique):
 
     paper: ClassVar[str] = "Xiao et al. 2023, arXiv:2211.10438"
     dense_inputs: ClassVar[bool] = True
+    bits: ClassVar[int] = 8
     statistics: ClassVar[tuple[str, ...]] = ("max_abs",)
 
     alpha: float = 0.5

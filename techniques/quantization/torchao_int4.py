@@ -20,12 +20,13 @@ class TorchAOInt4(LayerTechnique):
 
     group_size: how many inputs of a row share a grid: 128, 64 or 32.
 
-    The library's other int4 formats have no kernel for a CPU; this one is a prototype. Where rows do not fill the
-    kernel's tiles, codes and grids are kept, zero points in float16, and no kernel computes.
+    Its other int4 formats have no kernel for a CPU; this one is a prototype. Rows that do not fill the kernel's tiles
+    keep codes and grids, zero points in float16, and no kernel computes.
     """
 
     paper: ClassVar[str] = "the library torchao"
     needs_inputs: ClassVar[bool] = False
+    bits: ClassVar[int] = 4
 
     group_size: int = 64
 
@@ -49,9 +50,9 @@ class TorchAOInt4(LayerTechnique):
 
         weight, tile = linear.weight.detach().bfloat16(), machine_tile()
         rows, missing = linear.out_features, -linear.out_features % tile
-        filled = functional.pad(weight, (0, 0, 0, missing))
-        theirs = Int4OpaqueTensor.from_hp(filled.contiguous(), [1, self.group_size])
+        filled = functional.pad(weight, (0, 0, 0, missing)).contiguous()
+        theirs = Int4OpaqueTensor.from_hp(filled, [1, self.group_size])
         codes = unpack_tiles(theirs.qdata.flatten(), tile, rows + missing)[:rows]
         scales, shifts = theirs.scale_and_zero[:, :rows].float().transpose(0, 1).unbind(-1)
-        whole = 0 if missing else tile
-        return PackedLinear.pack(codes, scales, 8 - shifts / scales, 4, linear.bias, zeros_dtype="float16", tile=whole)
+        zeros, tile = 8 - shifts / scales, 0 if missing else tile
+        return PackedLinear.pack(codes, scales, zeros, 4, linear.bias, zeros_dtype="float16", tile=tile)

@@ -20,6 +20,7 @@ class TorchAOInt8(LayerTechnique):
 
     paper: ClassVar[str] = "the library torchao"
     needs_inputs: ClassVar[bool] = False
+    bits: ClassVar[int] = 8
 
     def unfit(self, system: System) -> str | None:
         return lacks("torchao", "torchao") or super().unfit(system)
