@@ -26,8 +26,9 @@ class Row:
 
     Each name in `values` is a column, or a column and a part of it (`accuracy_stderr/piqa`); `missing` says why a
     value is `None`. `within_noise` are the columns that do not tell this row from the dense one, `tied` the ranks that
-    it shares. `simulated`: the bits that the options promise are not realised in the bytes, or what they ask for is only
-    imitated here. `warnings` are sentences about how far the row can be trusted, by a word for each.
+    it shares. `simulated`: the bits that the options promise are not realised in the bytes, or what the
+    options ask for is only imitated here. `warnings` are sentences about how far the row can be trusted, by a word for
+    each.
     """
 
     record: Record
