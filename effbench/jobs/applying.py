@@ -17,7 +17,7 @@ from effbench.errors import PackageError, RecordError, UnfitError
 from effbench.jobs import sharing
 from effbench.jobs.row import Job, data_for, source_for
 from effbench.measure import memory
-from effbench.measure.energy import meter
+from effbench.measure.counters import meter
 from effbench.results import Record
 from effbench.technique import System, Technique
 from effbench.toolbox.stored import StoredModule, remarks

@@ -14,6 +14,8 @@ from effbench.data import Windows
 from effbench.jobs import sharing
 from effbench.jobs.row import Job
 from effbench.measure import divergence, memory
+from effbench.measure.counters import Meter, meter
+from effbench.measure.energy import above_idle
 from effbench.results import Record
 from effbench.technique import CachePolicy, System
 from effbench.toolbox.decoding import forward
@@ -36,7 +38,7 @@ def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None
     if pipeline == "dense" and "perplexity" in job.record.measured and windows and not reference.exists():
         _score_text(Record("", "", "dense", 0), loaded, windows, reference)
     job.measure("perplexity", lambda: _score_text(job.record, loaded, windows, reference))
-    job.measure("accuracy", lambda: _score_tasks(job, loaded))
+    job.measure("accuracy", lambda: _score_tasks_metered(job, loaded))
     job.measure("cache", lambda: _fill_cache(job, loaded))
 
 
@@ -95,6 +97,19 @@ def _score_text(record: Record, system: System, windows: Windows | None, path: P
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean([value for value in values if value is not None])) if values else None
+
+
+def _score_tasks_metered(job: Job, system: System) -> None:
+    """The tasks, and the energy of each correct answer."""
+    counter = meter(job.suite.device)
+    if counter.source and job.suite.rows_at_once > 1:
+        counter = Meter(None, "rows are scored side by side, and the counter is the whole machine's")
+    joules, idle = above_idle(counter, lambda: _score_tasks(job, system))
+    record = job.record
+    correct = sum(sum(items) for name, items in record.samples.items() if name.startswith("correct/"))
+    why = counter.why or ("no answer was correct" if job.suite.tasks else record.missing["accuracy"])
+    record.samples["accuracy_idle_watts"] = idle
+    record.put("joules_per_correct", joules / correct if joules is not None and correct else None, why)
 
 
 def _score_tasks(job: Job, system: System) -> None:

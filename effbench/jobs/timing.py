@@ -14,8 +14,8 @@ from torch import Tensor
 from effbench.errors import EffbenchError, UnfitError
 from effbench.jobs import sharing
 from effbench.jobs.row import Job
-from effbench.measure import limits, memory, roofline
-from effbench.measure.energy import meter
+from effbench.measure import energy, limits, memory, roofline
+from effbench.measure.counters import meter
 from effbench.measure.speed import one_round
 from effbench.results import Record
 from effbench.technique import System
@@ -37,7 +37,7 @@ COLUMNS = (
     "acceptance_rate",
     *roofline.WORK,
     "idealized_seconds",
-    "joules_per_token",
+    *energy.COLUMNS,
     "peak_bytes",
     "peak_growth_bytes",
     "peak_device_bytes",
@@ -47,7 +47,6 @@ COLUMNS = (
 def _time(job: Job, system: System, before: int, socket: Path) -> None:
     record, suite = job.record, job.suite
     given = _prompts(job, system)
-    energy = meter(suite.device)
     try:
         one_round(system, given[0], suite.new_tokens)
     except UnfitError as reason:
@@ -63,14 +62,13 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
         raise EffbenchError(
             f"stores {stored:,} bytes after a forward pass, and {record.values['stored_bytes']:,.0f} when it was saved"
         )
-    ours, theirs, joules = [], [], 0.0
+    ours, theirs = [], []
     new = passes = proposed = accepted = 0
     with Client(str(socket), family="AF_UNIX") as dense:
         for number, prompt in enumerate(given[1:]):
             dense.send_bytes(json.dumps(number + 1).encode())
             theirs.append(json.loads(dense.recv_bytes()))
-            prefill, decode, generation = one_round(system, prompt, suite.new_tokens, energy)
-            joules += energy.stopped or 0.0
+            prefill, decode, generation = one_round(system, prompt, suite.new_tokens)
             ours.append((prefill, decode))
             new += generation.ids.shape[1] - prompt.shape[1]
             passes, proposed = passes + generation.passes, proposed + generation.proposed
@@ -80,9 +78,7 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
     record.put("acceptance_rate", accepted / proposed if proposed else None, "nothing is drafted")
     threads = torch.get_num_threads()
     roofline.measure(record, system, given[1], suite.new_tokens, limits.known(system.device.type, threads))
-    total = suite.batch * (len(given) - 1) * suite.new_tokens
-    record.put("joules_per_token", joules / total if energy.source else None, energy.reason)
-    record.provenance["energy_source"] = energy.source
+    energy.measure(record, system, given[1], suite.new_tokens, meter(suite.device))
 
 
 def _put_times(record: Record, ours: list[tuple[float, float]], theirs: list[list[float]]) -> None:

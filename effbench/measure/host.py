@@ -114,7 +114,7 @@ def _tried(kernel: Any) -> str:
 
 
 def _energy(gpu: bool) -> dict[str, str]:
-    from effbench.measure.energy import meter
+    from effbench.measure.counters import meter
 
     found = {}
     for device in ("cpu", "cuda") if gpu else ("cpu",):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effbench.measure.energy import Meter
 from effbench.technique import Generation, System
 
 
@@ -54,24 +53,18 @@ def _shortest(system: System, prompt: Tensor, new_tokens: int) -> float:
     return min(times)
 
 
-def one_round(
-    system: System, prompt: Tensor, new_tokens: int, meter: Meter | None = None
-) -> tuple[float, float, Generation]:
+def one_round(system: System, prompt: Tensor, new_tokens: int) -> tuple[float, float, Generation]:
     """Seconds to the first new token, seconds for each further one, and what was generated.
 
     `prompt` is (batch, tokens). The second is (time of all `new_tokens` - time of the first) / (new_tokens - 1),
     both by their own call, so whatever a decoding policy does before its first token counts as prefill. Where noise is
-    larger than the new tokens' time it is not positive. `meter` runs over the second call.
+    larger than the new tokens' time it is not positive.
     """
     device = system.device
     start = _mark(device)
     system.generate(system, prompt, 1)
     first = _mark(device)
-    if meter:
-        meter.start()
     generation = system.generate(system, prompt, new_tokens)
     end = _mark(device)
     prefill, everything = _seconds(start, first), _seconds(first, end)
-    if meter:
-        meter.stop()
     return prefill, (everything - prefill) / (new_tokens - 1), generation

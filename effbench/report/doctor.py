@@ -50,7 +50,7 @@ def _limit(limit: dict[str, Any]) -> list[str]:
 
 
 def _style(state: str) -> str:
-    return "" if state in ("works", "RAPL", "NVML") else "yellow"
+    return "" if state == "works" or state.startswith(("counter", "integrated")) else "yellow"
 
 
 def _section(console: Console, name: str, lines: list[tuple[str, str]]) -> None:

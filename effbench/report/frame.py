@@ -31,6 +31,7 @@ def row_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         record = row.record
         line: dict[str, Any] = {name: getattr(record, name) for name in FIRST}
         line["protocol"] = label(record)
+        line["energy_source"] = record.provenance.get("energy", {}).get("source", "none")
         line |= {name: values.get(name) for name in names}
         line["simulated"] = row.simulated
         line["missing"] = {name: why_missing(row, name) for name in names if line[name] is None}

@@ -41,6 +41,10 @@ def conditions(rows: Sequence[Row]) -> list[str]:
         prompt, new = settings.get("prompt_tokens"), settings.get("new_tokens")
         rounds, batch = len(record.samples["decode_seconds"]), settings.get("batch")
         said.append(f"time: {rounds} rounds of {prompt} + {new} tokens, batch {batch}")
+    energy = record.provenance.get("energy", {})
+    if energy.get("step_seconds"):
+        before, after = record.samples.get("idle_watts", [float("nan")] * 2)
+        said.append(f"energy: {energy['source']}, idle {before:.1f} W before and {after:.1f} W after")
     found = [" · ".join(said)] if said else []
     return found + [_machine(record.provenance)]
 
