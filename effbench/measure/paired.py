@@ -101,7 +101,8 @@ def times(record: Record, dense: Record, name: str, samples: str, values: Values
     """
     found = log_ratio(record, samples)
     values[name] = math.exp(found.value)
-    ends = found._replace(low=np.exp(found.low), high=np.exp(found.high))
+    with np.errstate(over="ignore"):  # of few rounds the upper end may be beyond any float
+        ends = found._replace(low=np.exp(found.low), high=np.exp(found.high))
     put_interval(values, missing, name, ends, "a single round has no spread")
     stderr, freedom = with_strays(found.stderr, len(record.samples[samples]) - 1, strays(dense, samples))
     return {name: max(found.p, p_of_student(found.value, stderr, freedom))}
