@@ -1,8 +1,8 @@
 """FWSVD: each input counts by the gradients of its weights when singular values are cut off.
 
 The whole loss is looked at, not a layer's output, but one number stands for all weights of an input, so that the
-problem stays a singular value decomposition. It holds for one matrix and a small change: a matrix alone mostly loses
-less than with plain `svd`, all of them together at a low rank may lose more.
+problem stays a singular value decomposition. Inputs that go together are taken for independent: what it minimises is
+always less than with plain `svd`, the loss need not be (results/pruning has both, a kind of matrix at a time).
 """
 
 from dataclasses import dataclass
