@@ -45,6 +45,8 @@ def survey(measure: bool = False) -> dict[str, Any]:
     """
     import torch
 
+    from effbench.toolbox.kernels import compiled
+
     found: dict[str, Any] = {"machine": machine()}
     found["machine"]["load"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     found["devices"] = ["cpu"]
@@ -59,6 +61,7 @@ def survey(measure: bool = False) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     found["kernels"] = {name: _tried(kernel) for name, kernel in _kernels().items()}
+    found["kernels"]["packed codes, compiled"] = compiled.absent() or "works"
     found["kernels"]["torch.compile"] = (
         "works" if shutil.which("gcc") or shutil.which("g++") or shutil.which("clang") else "no C++ compiler"
     )

@@ -1,42 +1,36 @@
-"""One decoded row through a 2048 x 2048 matrix, dense and packed. Nothing is asserted about time.
+"""A Llama's block of width 2048, dense and packed in every way, in turn. Nothing is asserted about time.
 
-    OMP_NUM_THREADS=1 python -m pytest tests/benchmarks/test_kernels.py -o addopts= --benchmark-group-by=param:rows
+    python -m pytest tests/benchmarks/test_kernels.py -o addopts=
 
-Six matrices take turns, so that none stays in the cache.
+What slows the machine slows all kinds of a round: `extra_info` has the dense time over each kind's own. The same
+figures, with more rounds, are committed as a table by `make quantization`.
 """
 
+from statistics import median
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from effbench.registry import get
+from effbench.evidence import execution
 
-WIDTH, MATRICES = 2048, 6
-KINDS: dict[str, dict[str, Any] | None] = {
-    "bfloat16": None,
-    "8 bits": {"bits": 8},
-    "4 bits": {"bits": 4},
-    "4 bits, groups of 64": {"bits": 4, "group_size": 64},
-    "3 bits": {"bits": 3},
-    "2 bits": {"bits": 2},
-}
+ROUNDS = 3
 
 
-@pytest.mark.parametrize("rows", [1, 8, 32, 128])
-@pytest.mark.parametrize("kind", KINDS)
-def test_product(benchmark: Any, kind: str, rows: int) -> None:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(MATRICES)]
-    options = KINDS[kind]
-    if options is not None:
-        layers = [get("rtn")(**options).layer(layer, None) for layer in layers]
-    x = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
+@pytest.fixture(scope="module")
+def blocks() -> dict[str, Any]:
+    """The block, once for all numbers of rows and threads."""
+    return execution.blocks()
 
-    @torch.inference_mode()
-    def run() -> None:
-        for layer in layers:
-            layer(x)
 
-    benchmark(run)
+@pytest.mark.parametrize("threads", execution.THREADS)
+@pytest.mark.parametrize("rows", execution.ROWS)
+def test_block(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, blocks: dict[str, Any], rows: int, threads: int
+) -> None:
+    monkeypatch.setattr(execution, "blocks", lambda: blocks)
+    found = benchmark.pedantic(lambda: execution.times(ROUNDS, (rows,), (threads,)), rounds=1)
+    seconds = found["seconds"][str(threads)]
+    dense = seconds[execution.DENSE][str(rows)]
+    for kind, times in seconds.items():
+        ratios = [one / own for one, own in zip(dense, times[str(rows)], strict=True)]
+        benchmark.extra_info[f"{kind} speedup"] = round(median(ratios), 3)
