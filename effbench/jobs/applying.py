@@ -103,6 +103,8 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         record.provenance[kind] = remarks(modules, kind)
     if not own_code:
         store.save(result, job.system_folder, pipeline)
+    saved = None if own_code else memory.folder_bytes(job.system_folder)
+    record.put("saved_bytes", saved, "a model that runs code of its own cannot be saved")
     record.measured["apply"] = record.cost["seconds"] or 0.0
     results.save(record, job.out)
 
@@ -153,6 +155,7 @@ def _record_size(record: Record, system: System, before: _Before) -> None:
     """Stored bytes, and bits per weight of the dense model's matrices that were changed or removed."""
     stored = memory.stored_bytes(system)
     record.put("stored_bytes", stored)
+    record.put("parts_bytes", memory.parts_bytes(system))
     saved = (Path(record.model).expanduser() / models.SAVED).is_file()  # packed weights are no parameters to count
     bits = None if saved else 8 * stored / before.parameters
     record.put("bits_per_weight_model", bits, "it came compressed, and its dense weights are not counted any more")

@@ -156,4 +156,6 @@ def _fill_cache(job: Job, system: System) -> None:
             forward(model, ids[:, start : start + 64], cache, start)
         held += memory.cache_bytes(cache)
     job.record.put("cache_bytes_per_token", held / ids.shape[1])
+    job.record.put("cache_bytes", held)
+    job.record.put("held_bytes", held + memory.stored_bytes(system))
     job.record.samples["cache_tokens"] = [ids.shape[1]]

@@ -41,6 +41,8 @@ COLUMNS = (
     "peak_bytes",
     "peak_growth_bytes",
     "peak_device_bytes",
+    "peak_device_reserved_bytes",
+    "device_process_bytes",
 )
 
 
@@ -57,6 +59,9 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
     record.put("peak_bytes", peak)
     record.put("peak_growth_bytes", peak - before)
     record.put("peak_device_bytes", memory.peak_device_bytes(system.device), "no GPU was used")
+    record.put("peak_device_reserved_bytes", memory.peak_device_reserved_bytes(system.device), "no GPU was used")
+    here = "no GPU was used" if system.device.type == "cpu" else "the driver does not tell it (nvidia-ml-py does)"
+    record.put("device_process_bytes", memory.device_process_bytes(system.device), here)
     stored = memory.stored_bytes(system)
     if stored != record.values["stored_bytes"]:
         raise EffbenchError(

@@ -64,6 +64,18 @@ def stored_bytes(system: System) -> int:
     return sum(storages(stored_tensors(system)).values())
 
 
+def parts_bytes(system: System) -> int:
+    """What the parts beside the model store, such as a draft, and do not share with it."""
+    own = storages([*system.model.parameters(), *system.model.buffers()]).keys()
+    found = storages(tensor for part in system.parts.values() for tensor in (*part.parameters(), *part.buffers()))
+    return sum(count for address, count in found.items() if address not in own)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder, and of those below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 HIDDEN_SHARE, HIDDEN_BYTES = 0.001, 65536
 """Live tensor bytes beside the stored ones that are not held against a technique: odds and ends of libraries."""
 
@@ -154,6 +166,28 @@ def peak_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int | None:
     """The peak of the GPU's allocator since `reset_peak`; `None` without a GPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+
+def peak_device_reserved_bytes(device: torch.device) -> int | None:
+    """The peak of what the GPU's allocator has reserved since `reset_peak`, in use or not; `None` without a GPU."""
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None
+
+
+def device_process_bytes(device: torch.device) -> int | None:
+    """What this process takes of a GPU now, its context and libraries too; `None` where the driver does not tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except (pynvml.NVMLError, AttributeError, RuntimeError):
+        return None
+    return next((process.usedGpuMemory for process in running if process.pid == os.getpid()), None)
 
 
 def _status(key: str) -> int:
