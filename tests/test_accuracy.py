@@ -151,3 +151,19 @@ def test_token_ids_are_those_that_lm_eval_makes_pair_by_pair(tokenizer: PreTrain
         context, choice = expected[number]
         assert found.contexts[found.context_of[number]].tolist() == context, pairs[number]
         assert found.tokens[start : start + length].tolist() == choice, pairs[number]
+
+
+def test_a_choice_that_a_token_of_its_context_swallows_has_the_tokens_from_there_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with vocabularies whose tokens hold several words, where lm-eval's own model stops."""
+    lm = SystemLM(models.load("ref-70k", "float32"))
+    ids = {"a b": [5, 6, 7], "a b c": [5, 8, 9], "a b d": [5, 6, 7, 4], "x": [9], "x y": [8]}
+    monkeypatch.setattr(lm, "_tokenized", lambda texts, **_: {text: ids[text] for text in texts})
+    monkeypatch.setattr("effbench.measure.encoding._splits_at_spaces", lambda _: False)
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in (("a b", " c"), ("a b", " d"), ("x", " y"))]
+    found = lm.encode(asked)
+    assert [found.contexts[place].tolist() for place in found.context_of] == [[5], [5, 6, 7], [lm.prefix_token_id]]
+    assert (found.tokens.tolist(), found.lengths.tolist()) == ([8, 9, 4, 8], [2, 1, 1])
+    values, _ = lm.answer(found)
+    assert (values < 0).all()

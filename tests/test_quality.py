@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_system
+import transformers
+from conftest import LLAMA_LIKE, random_system
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effbench.data import FileSource, Windows
@@ -80,10 +81,28 @@ def test_dense_does_not_diverge_from_itself_and_another_model_does(tmp_path: Pat
     assert min(different.kl) > 0
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_head_runs_on_scored_tokens_only_where_its_word_is_the_last_one(
+    capped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2 caps what its head gives, so its logits are not the head's."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **LLAMA_LIKE, head_dim=16, initializer_range=0.3, final_logit_softcapping=2.0 if capped else None
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    text, seen = windows(64, 64, 30), []
+    monkeypatch.setattr(quality, "SLICE_BYTES", 10 * 4 * 1024)
+    model.lm_head.register_forward_hook(lambda module, arguments, logits: seen.append(logits.shape[1]))
+    found = score(System.dense(model, random_system("llama").tokenizer), text)
+    assert max(seen) == (64 if capped else 10)
+    assert found.nll_per_token == pytest.approx(plain_loop(model, text), rel=1e-6)
+
+
 def test_divergence_is_over_the_tokens_that_fit_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, path = windows(64, 64, 30), tmp_path / "dense.npy"
     monkeypatch.setattr(quality, "REFERENCE_BYTES", 100 * 4 * 1024)
-    monkeypatch.setattr(quality, "SLICE", 10)
+    monkeypatch.setattr(quality, "SLICE_BYTES", 10 * 4 * 1024)
     writing = DenseLogProbabilities(path, text, 1024, write=True)
     score(random_system("llama"), text, writing)
     writing.finish()

@@ -127,6 +127,20 @@ class Encoder(TemplateLM):
         self._encoded = {}
         return Choices.of(found)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The token ids of a context and of what follows it.
+
+        Where tokens reach across the end of the context, what follows may get none of its own by lm-eval's count,
+        which then stops. Here it gets those from the first one on that is not the context's.
+        """
+        before, behind = super()._encode_pair(context, continuation)
+        if behind:
+            return before, behind
+        whole = self.tok_encode(context + continuation)
+        shared = next((place for place, (one, two) in enumerate(zip(before, whole, strict=False)) if one != two), None)
+        cut = len(whole) - 1 if shared is None else shared
+        return whole[:cut] or [self.prefix_token_id], whole[cut:]
+
     def _tokenized(self, texts: list[str], **options: Any) -> dict[str, list[int]]:
         ids = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
         return dict(zip(texts, ids, strict=True))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effbench.data import Windows
 from effbench.technique import CachePolicy, System
@@ -23,8 +24,8 @@ CHUNK = 64
 """Tokens fed at once when scoring through a cache."""
 LOGITS_BYTES = 256 * 2**20
 """The most that a batch's float32 logits may take."""
-SLICE = 512
-"""Tokens whose log-probabilities are computed at once."""
+SLICE_BYTES = 64 * 2**20
+"""The most that float32 logits may take that are looked at together; far more than a CPU keeps at hand is slower."""
 REFERENCE_BYTES = 512 * 2**20
 """The most that the dense model's log-probabilities may take on disk; divergence is over the tokens that fit."""
 
@@ -113,6 +114,43 @@ def window_logits(
     return torch.cat(pieces, 1)
 
 
+@torch.inference_mode()
+def _logits_of(
+    system: System, ids: Tensor, *, through_cache: bool, chunk: int = CHUNK
+) -> Callable[[int, slice], Tensor]:
+    """What gives the logits (tokens, vocabulary) of some tokens of a window, of windows (batch, tokens) run once.
+
+    The model's head runs when they are asked for, on these tokens only, since over a large vocabulary all logits do
+    not stay at hand. That is for models whose logits are what their head gives, which is seen at the first token.
+    """
+    model: Any = system.model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if through_cache or not isinstance(head, nn.Module):
+        logits = window_logits(system, ids, through_cache=through_cache, chunk=chunk)
+        return lambda row, here: logits[row, here]
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+        hidden = arguments[0] if arguments else None
+        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != ids.shape:
+            return None
+        kept.append(hidden)
+        return hidden[:, :1], *arguments[1:]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        logits = window_logits(system, ids, through_cache=False)
+    finally:
+        handle.remove()
+    if len(kept) != 1:
+        return lambda row, here: logits[row, here]
+    hidden = kept[0]
+    if not torch.equal(head(hidden[:, :1]), logits):  # capped or scaled behind the head
+        logits = window_logits(system, ids, through_cache=False)
+        return lambda row, here: logits[row, here]
+    return torch.inference_mode()(lambda row, here: head(hidden[row : row + 1, here])[0])
+
+
 def _batches(windows: Windows, vocabulary: int) -> Iterator[tuple[list[int], Tensor]]:
     """Windows of similar length together, longest first, as many as `LOGITS_BYTES` allows.
 
@@ -142,15 +180,16 @@ def score(
         through_cache = scored_through_cache(system)
     quality = Quality(windows)
     firsts = windows.firsts
+    at_once = max(1, SLICE_BYTES // (4 * system.config.vocab_size))
     for places, ids in _batches(windows, system.config.vocab_size):
         fed = ids[:, : system.context]  # a window may be one token longer: its last one has only to be predicted
-        logits = window_logits(system, fed, through_cache=through_cache, chunk=chunk)
+        look = _logits_of(system, fed, through_cache=through_cache, chunk=chunk)
         for row, place in enumerate(places):
             count, nats = quality.tokens[place], []
-            for start in range(0, count, SLICE):
-                here = slice(firsts[place] - 1 + start, firsts[place] - 1 + min(start + SLICE, count))
-                log_probabilities = torch.log_softmax(logits[row, here].float(), -1)
-                targets = ids[row, 1:][here].to(logits.device)
+            for start in range(0, count, at_once):
+                here = slice(firsts[place] - 1 + start, firsts[place] - 1 + min(start + at_once, count))
+                log_probabilities = torch.log_softmax(look(row, here).float(), -1)
+                targets = ids[row, 1:][here].to(log_probabilities.device)
                 nats.append(-log_probabilities.gather(-1, targets[:, None])[:, 0].double())
                 if reference is not None:
                     reference.meet(place, start, log_probabilities, quality)
