@@ -43,11 +43,11 @@ class Check:
     note: str = ""
 
 
-class _Bench:
+class Bench:
     """A technique on the contract's model."""
 
     def __init__(self, technique: Technique, family: str, model: str = MODEL) -> None:
-        self.technique, self.family = _small(technique), family
+        self.technique, self.family = small(technique), family
         self._suite = Suite(model=model, device="cpu")
 
     def dense(self) -> System:
@@ -87,9 +87,10 @@ class _Bench:
         return window_logits(system, self.tokens(system), through_cache=scored_through_cache(system), chunk=16)
 
 
-def _small(technique: Technique) -> Technique:
+def small(technique: Technique, limits: dict[str, int] = SMALL) -> Technique:
+    """The technique with options that let it end in seconds."""
     known = {f.name: getattr(technique, f.name) for f in fields(technique)}
-    return replace(technique, **{key: value for key, value in SMALL.items() if key in known and known[key] > value})
+    return replace(technique, **{key: value for key, value in limits.items() if key in known and known[key] > value})
 
 
 def check(technique: str | Technique, family: str = "") -> list[Check]:
@@ -100,7 +101,7 @@ def check(technique: str | Technique, family: str = "") -> list[Check]:
     if isinstance(technique, str):
         family = registry.entries()[technique].family if technique in registry.entries() else ""
         technique = registry.get(technique)()
-    bench = _Bench(technique, family)
+    bench = Bench(technique, family)
     try:
         system = bench.applied()
     except UnfitError as reason:
@@ -109,7 +110,8 @@ def check(technique: str | Technique, family: str = "") -> list[Check]:
         return [Check("applies", f"applying it to {MODEL} raised {type(error).__name__}: {error}")]
     del system
     results = [Check("applies")]
-    for run in (_finite, _repeatable, _honest, _saves, _generates, _cache_is_charged, _untouched, _composes):
+    checks = (_finite, _changes, _repeatable, _honest, _saves, _generates, _cache_is_charged, _untouched, _composes)
+    for run in checks:
         name = run.__name__.strip("_").replace("_", " ")
         try:
             results.extend(Check(name, problem, note) for problem, note in run(bench))
@@ -121,19 +123,32 @@ def check(technique: str | Technique, family: str = "") -> list[Check]:
 Outcome = Iterator[tuple[str, str]]
 
 
-def _finite(bench: _Bench) -> Outcome:
+def _finite(bench: Bench) -> Outcome:
     """Finite logits."""
     logits = bench.logits(bench.applied())
     yield ("" if bool(torch.isfinite(logits).all()) else "some logits are not finite"), ""
 
 
-def _repeatable(bench: _Bench) -> Outcome:
+def _changes(bench: Bench) -> Outcome:
+    """Something is another than in the dense system."""
+    dense, system = bench.dense(), bench.applied()
+    same = unchanged(dense, system) and torch.equal(bench.logits(dense), bench.logits(system))
+    yield ("nothing is another than before: give a reason in unfit where nothing can be done" if same else ""), ""
+
+
+def unchanged(dense: System, system: System) -> bool:
+    """Whether `system` stores as many bytes as the dense one and runs in the same way; logits remain to be seen."""
+    ways = [(type(s.new_cache), type(s.generate), s.parts.keys()) for s in (dense, system)]
+    return ways[0] == ways[1] and memory.stored_bytes(dense) == memory.stored_bytes(system)
+
+
+def _repeatable(bench: Bench) -> Outcome:
     """The same seed gives the same system."""
     same = torch.equal(bench.logits(bench.applied()), bench.logits(bench.applied()))
     yield ("" if same else "two runs with one seed give different logits; draw from a generator seeded by `seed`"), ""
 
 
-def _honest(bench: _Bench) -> Outcome:
+def _honest(bench: Bench) -> Outcome:
     """Nothing lives outside parameters and buffers; what is promised is compared with what is stored."""
     dense = bench.dense()
     others = memory.others(dense)
@@ -153,7 +168,7 @@ def _honest(bench: _Bench) -> Outcome:
     yield "", "simulated: nothing is smaller than the dense model" if simulated else ""
 
 
-def _saves(bench: _Bench) -> Outcome:
+def _saves(bench: Bench) -> Outcome:
     """Saved and loaded it gives the same logits and stores the same bytes."""
     system = bench.applied()
     before, stored = bench.logits(system), memory.stored_bytes(system)
@@ -167,7 +182,7 @@ def _saves(bench: _Bench) -> Outcome:
     yield "", ""
 
 
-def _generates(bench: _Bench) -> Outcome:
+def _generates(bench: Bench) -> Outcome:
     """Generating fills a cache from `system.new_cache`."""
     system = bench.applied()
     given: list[Cache] = []
@@ -187,7 +202,7 @@ def _generates(bench: _Bench) -> Outcome:
     yield "", ""
 
 
-def _cache_is_charged(bench: _Bench) -> Outcome:
+def _cache_is_charged(bench: Bench) -> Outcome:
     """The cache's tensors show all the storage that they keep alive."""
     system = bench.applied()
     cache = system.new_cache()
@@ -200,7 +215,7 @@ def _cache_is_charged(bench: _Bench) -> Outcome:
     yield (problem if held > 1.05 * shown + 4096 else ""), ""
 
 
-def _untouched(bench: _Bench) -> Outcome:
+def _untouched(bench: Bench) -> Outcome:
     """A technique of how to run the model leaves the model alone."""
     if bench.family not in UNTOUCHED:
         yield "", ""
@@ -216,13 +231,13 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _composes(bench: _Bench) -> Outcome:
+def _composes(bench: Bench) -> Outcome:
     """With one technique of every other family, in both orders, it works or says why not."""
     for other in _one_of_each_family(bench.family):
         for first in (True, False):
             pair = ("it", other) if first else (other, "it")
             try:
-                system = bench.applied(_small(registry.get(other)()), first=first)
+                system = bench.applied(small(registry.get(other)()), first=first)
                 if not bool(torch.isfinite(bench.logits(system)).all()):
                     yield f"{pair[0]} before {pair[1]} gives logits that are not finite", ""
             except EffbenchError as reason:

@@ -5,7 +5,7 @@ import torch
 import transformers
 from conftest import LLAMA_LIKE, applied, calibrated, random_system
 
-from effbench.jobs.applying import _Before, _record_size, promised_bits
+from effbench.jobs.applying import Before, _record_size, promised_bits
 from effbench.measure.derived import rows
 from effbench.registry import parse
 from effbench.results import Record
@@ -45,7 +45,7 @@ def test_a_promise_follows_from_the_standard_options(pipeline: str, promises: li
 def sized(dense: System, result: System) -> Record:
     """The record of a dense system that became another one."""
     record = Record("custom", "none", "x", 0, Suite().settings, "ok")
-    _record_size(record, result, _Before(dense))
+    _record_size(record, result, Before(dense))
     return record
 
 
@@ -73,7 +73,8 @@ def test_a_student_of_another_architecture_is_charged_in_full() -> None:
     assert record.values["bits_per_weight"] == pytest.approx(16 * held / weights)
 
 
-def test_experts_that_the_walk_does_not_find_count_as_untouched() -> None:
+@pytest.mark.parametrize("touched", ["self_attn", "mlp.experts"])
+def test_experts_count_by_what_was_done_to_them(touched: str) -> None:
     def mixture() -> System:
         torch.manual_seed(0)
         config = transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4)
@@ -81,10 +82,14 @@ def test_experts_that_the_walk_does_not_find_count_as_untouched() -> None:
         return System.dense(model, random_system("llama").tokenizer)
 
     changed = mixture()
-    for _, linear in matrices(changed.model):
-        linear.weight.data += 1
-    share = sized(mixture(), changed).values["compressed_share"]
-    assert share is not None and 0 < share < 0.5
+    for name, linear in matrices(changed.model):
+        if touched in name:
+            linear.weight.data += 1
+    record = sized(mixture(), changed)
+    layer = 64 * (64 + 32 + 32 + 64), 4 * 64 * (256 + 128), 4 * 64  # attention, experts, router
+    share = layer[0 if touched == "self_attn" else 1] / sum(layer)
+    assert record.values["compressed_share"] == pytest.approx(share)
+    assert record.values["bits_per_weight"] == 16
 
 
 @pytest.mark.parametrize(

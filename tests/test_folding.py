@@ -59,7 +59,11 @@ PLACES = {
         "post_attention_layernorm": ("mlp.gate_up_proj",),
         "mlp.gate_up_proj": ("mlp.down_proj",),
     },
-    "mixtral": {"input_layernorm": QKV, "self_attn.v_proj": ("self_attn.o_proj",)},
+    "mixtral": {
+        "input_layernorm": QKV,
+        "self_attn.v_proj": ("self_attn.o_proj",),
+        **{f"mlp.experts.gate_up_proj.{place}": (f"mlp.experts.down_proj.{place}",) for place in range(4)},
+    },
 }
 """What gives the inputs of which matrices, by the maths of each architecture; GELU lets no scale through."""
 

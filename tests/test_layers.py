@@ -8,7 +8,7 @@ LAYERS = [
     {"errors", "columns"},
     {"technique", "toolbox"},
     {"registry", "models", "store", "suite", "data", "protocols", "streams", "reference", "measure", "results"},
-    {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "evidence"},
+    {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "coverage", "evidence"},
     {"cli", "options"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effbench import models, registry, results, store
 from effbench.data import Data
@@ -20,8 +20,9 @@ from effbench.measure import memory
 from effbench.measure.counters import meter
 from effbench.results import Record
 from effbench.technique import System, Technique
+from effbench.toolbox.experts import ExpertList, expert_slices
 from effbench.toolbox.stored import StoredModule, remarks
-from effbench.toolbox.walk import blocks, is_matrix, matrices
+from effbench.toolbox.walk import as_linear, blocks, is_matrix, weights
 
 
 def apply_pipeline(system: System, pipeline: str, data: Data) -> tuple[System, list[Technique]]:
@@ -32,13 +33,13 @@ def apply_pipeline(system: System, pipeline: str, data: Data) -> tuple[System, l
     techniques = registry.parse(pipeline, data.seed)
     for (name, _), technique in zip(registry.split(pipeline), techniques, strict=True):
         torch.manual_seed(data.seed)
-        reason = technique.unfit(system)
-        if reason is None:
-            try:
+        try:
+            reason = technique.unfit(system)
+            if reason is None:
                 system = technique.apply(system, data)
                 system.model.eval()
-            except UnfitError as unfit:
-                reason = str(unfit)
+        except UnfitError as unfit:
+            reason = str(unfit)
         if reason is not None:
             raise UnfitError(f"{name}: {reason}")
     return system, techniques
@@ -64,7 +65,7 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         _end(job, "unfit", "the model runs code of its own, so a changed one cannot be saved and loaded")
         return
     _check_weights(job, dense)
-    before = _Before(dense)
+    before, others = Before(dense), memory.others(dense)
     data = data_for(job.suite, dense)
     energy = meter(job.suite.device)
     memory.reset_peak()
@@ -85,7 +86,7 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         "tokens": data.tokens,
         "joules": joules if job.suite.rows_at_once == 1 else None,  # the counter is the whole machine's
     }
-    hidden, stored = memory.hidden_bytes(result, before.others), memory.stored_bytes(result)
+    hidden, stored = memory.hidden_bytes(result, others), memory.stored_bytes(result)
     if memory.hides(hidden, stored):
         _end(
             job,
@@ -109,17 +110,30 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     results.save(record, job.out)
 
 
-class _Before:
+class Before:
     """What has to be known of the dense model once it is changed."""
 
     def __init__(self, dense: System) -> None:
-        found = matrices(dense.model)
-        self.weights = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in found}
+        self.weights = _contents(dense)
         inside = blocks(dense.model)[1].parameters()
         self.block_weights = sum(tensor.numel() for tensor in inside if tensor.ndim > 1)
         self.parameters = sum(tensor.numel() for tensor in dense.model.parameters())
         self.bits = 8.0 * next(dense.model.parameters()).dtype.itemsize
-        self.others = memory.others(dense)
+
+    def changed(self, system: System) -> set[str]:
+        """The matrices that are others now, or gone."""
+        now = _contents(system)
+        return {name for name, content in self.weights.items() if now.get(name) != content}
+
+    def share(self, system: System) -> float | None:
+        """The share of the blocks' weights that are others now, or gone; `None` if no plain matrix was there."""
+        changed = sum(self.weights[name][1] for name in self.changed(system))
+        return changed / self.block_weights if self.weights else None
+
+
+def _contents(system: System) -> dict[str, tuple[int, int]]:
+    """For each plain matrix in the blocks what is in it, and how many weights."""
+    return {name: (_checksum(weight), weight.numel()) for name, weight in weights(system.model)}
 
 
 def _end(job: Job, status: str, reason: str) -> None:
@@ -151,7 +165,7 @@ def _digest(system: System) -> str:
     return f"{zlib.crc32(repr(content).encode()):08x}"
 
 
-def _record_size(record: Record, system: System, before: _Before) -> None:
+def _record_size(record: Record, system: System, before: Before) -> None:
     """Stored bytes, and bits per weight of the dense model's matrices that were changed or removed."""
     stored = memory.stored_bytes(system)
     record.put("stored_bytes", stored)
@@ -159,25 +173,30 @@ def _record_size(record: Record, system: System, before: _Before) -> None:
     saved = (Path(record.model).expanduser() / models.SAVED).is_file()  # packed weights are no parameters to count
     bits = None if saved else 8 * stored / before.parameters
     record.put("bits_per_weight_model", bits, "it came compressed, and its dense weights are not counted any more")
-    plain = {name: (_checksum(linear.weight), linear.weight.numel()) for name, linear in matrices(system.model)}
-    changed = {name for name, content in before.weights.items() if plain.get(name) != content}
+    changed = before.changed(system)
     changed_weights = sum(before.weights[name][1] for name in changed)
-    share = changed_weights / before.block_weights if before.weights else None
-    record.put("compressed_share", share, "it came without plain weight matrices")
+    record.put("compressed_share", before.share(system), "it came without plain weight matrices")
     kept = before.weights.keys() - changed
-    changed_bytes = sum(memory.module_bytes(module) for name, module in _in_place(system) if name not in kept)
+    changed_bytes = sum(count for name, count in _in_place(system) if name not in kept)
     bits = 8 * changed_bytes / changed_weights if changed_weights else None
     record.put("bits_per_weight", bits, "no weight matrix was changed")
 
 
-def _in_place(system: System) -> list[tuple[str, nn.Module]]:
-    """All that does a matrix's work in the blocks, by name: plain matrices and what was put in their place, whole."""
+def _in_place(system: System) -> list[tuple[str, int]]:
+    """The bytes of all that does a matrix's work in the blocks: plain matrices, and what replaced them, whole."""
     prefix, layers = blocks(system.model)
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, int]] = []
+    experts = "none"
     for name, module in layers.named_modules(prefix=prefix):
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found[-1:])
-        if not inside and (is_matrix(module) or isinstance(module, StoredModule)):
-            found.append((name, module))
+        if any(name.startswith(f"{outer}.") for outer, _ in found[-1:]):
+            continue
+        if isinstance(module, ExpertList):
+            experts = name
+        elif is_matrix(module) and name.startswith(f"{experts}."):  # perhaps a view of what all experts share
+            found.append((name, as_linear(module).weight.nbytes))
+        elif is_matrix(module) or isinstance(module, StoredModule):
+            found.append((name, memory.module_bytes(module)))
+        found += [(f"{name}.{inside}", matrix.nbytes) for inside, matrix in expert_slices(module)]
     return found
 
 

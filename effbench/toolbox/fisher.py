@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from effbench.toolbox.walk import blocks, is_matrix
+from effbench.toolbox.walk import matrices
 
 
 def input_importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -20,9 +20,8 @@ def input_importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
     `ids` (sequences, tokens). One sequence is read at a time and each gradient is dropped as soon as it is summed up,
     so that beside the model, the peak is one sequence's activations and one gradient.
     """
-    prefix, layers = blocks(model)
     found: dict[str, Tensor] = {}
-    wanted = {f"{prefix}.{name}": module for name, module in layers.named_modules() if is_matrix(module)}
+    wanted = {name: model.get_submodule(name) for name, _ in matrices(model)}
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     hooks = []
     try:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effbench.toolbox.architectures import is_norm
+from effbench.toolbox.experts import expert_of
 from effbench.toolbox.walk import Block, as_linear, captured_inputs
 
 TOLERATED = 1e-3
@@ -104,7 +106,7 @@ def _divide_norm(norm: Any, factors: Tensor, offset: float) -> Tensor:
 def find_folds(block: Block, heads: int = 1) -> list[Fold]:
     """All places for scales in a block, tried on its first call; `heads` is the number of attention heads."""
     names = block.matrices()
-    norms = [name for name, module in block.module.named_modules() if _is_norm(module)]
+    norms = [name for name, module in block.module.named_modules() if is_norm(module)]
     with captured_inputs(block.module, names) as seen, _outputs(block.module, norms) as given:
         expected = block.run(0)
     sources = {_key(tensor): name for name, tensor in given.items()}
@@ -118,6 +120,9 @@ def find_folds(block: Block, heads: int = 1) -> list[Fold]:
         else:
             width = as_linear(block.module.get_submodule(readers[0])).in_features
             before = [name for name in order[: order.index(readers[0])] if name not in readers]
+            expert = expert_of(block.module, readers[0])
+            if expert is not None:  # which reads what was chosen for it, and then its own first matrix
+                before = [name for name in before if expert_of(block.module, name) == expert]
             candidates = [
                 Fold(source, tuple(readers), rows=rows)
                 for source in reversed(before)
@@ -143,11 +148,6 @@ def find_products(block: Block) -> set[str]:
                 if _nearly_same(block, block.run(0), expected):
                     found |= {one, other}
     return found
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and not list(module.children())
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:

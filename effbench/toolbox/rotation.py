@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from effbench.errors import UnfitError
+from effbench.toolbox.architectures import is_norm
 from effbench.toolbox.hadamard import random_signs, turn
 from effbench.toolbox.stored import StoredModule
-from effbench.toolbox.walk import as_linear, blocks, captured_inputs, is_matrix, replace_module
+from effbench.toolbox.walk import as_linear, blocks, captured_inputs, matrix_names, replace_module
 
 PROBE = 16
 """Tokens read to find out what feeds what, and whether the outputs are still the same."""
@@ -146,8 +147,8 @@ def rounded_rows(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
 def rotate(model: Any, seed: int) -> bool:
     """Turn the residual stream and the inputs that no norm feeds, or else all inputs, each before its own matrix.
 
-    The stream is turned where its ends are a plain embedding and a root-mean-square norm and all norms that feed
-    matrices are such. Returns whether it was.
+    The stream is turned where its ends are a plain embedding and a root-mean-square norm, all norms that feed
+    matrices are such, and nothing else in the blocks is as wide. Returns whether it was.
     Raises `UnfitError` where the model then gives other logits: something else reads or writes the stream.
     """
     ids = torch.arange(3, 3 + PROBE, device=next(model.parameters()).device)[None] % model.config.vocab_size
@@ -156,7 +157,7 @@ def rotate(model: Any, seed: int) -> bool:
     plan = _plan(model, layers, ids)
     if plan is None:
         for block in layers:
-            for name in [name for name, module in block.named_modules() if is_matrix(module)]:
+            for name in matrix_names(block):
                 replace_module(block, name, TurnedLinear.of(as_linear(block.get_submodule(name))))
     else:
         embedding, last, fed = plan
@@ -182,13 +183,13 @@ def _plan(model: Any, layers: nn.ModuleList, ids: Tensor) -> Plan | None:
     """Where the stream begins and ends and who reads it; `None` where it cannot be turned."""
     table, inside = model.get_input_embeddings(), set(layers.modules())
     embedding = next(name for name, module in model.named_modules() if module is table)
-    ends = [n for n, m in model.named_modules() if m not in inside and _is_norm(m) and m is not table]
+    ends = [n for n, m in model.named_modules() if m not in inside and is_norm(m) and m is not table]
     if type(table) is not nn.Embedding or len(ends) != 1 or rms_parts(model.get_submodule(ends[0])) is None:
         return None
-    norms = [name for name, module in layers.named_modules() if _is_norm(module)]
+    norms = [name for name, module in layers.named_modules() if is_norm(module)]
     given: dict[int, str] = {}
     handles = [_note(layers, name, given) for name in norms]
-    with captured_inputs(layers, [name for name, module in layers.named_modules() if is_matrix(module)]) as seen:
+    with captured_inputs(layers, matrix_names(layers)) as seen:
         model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -200,7 +201,22 @@ def _plan(model: Any, layers: nn.ModuleList, ids: Tensor) -> Plan | None:
     found = [rms_parts(block.get_submodule(norm)) for block, norms in zip(layers, fed, strict=True) for norm in norms]
     if not all(fed) or any(norm is None for norm in found):
         return None
+    width = table.embedding_dim
+    if any(_others(block, norms, width) for block, norms in zip(layers, fed, strict=True)):
+        return None
     return embedding, ends[0], fed
+
+
+def _others(block: nn.Module, norms: dict[str, list[str]], width: int) -> bool:
+    """Whether a block has weights that may read or write the stream and are neither matrices nor the `norms` given.
+
+    Such are routers, and norms of what a sublayer gives. Norms of other widths are those of heads.
+    """
+    known = {*matrix_names(block), *norms}
+    return any(
+        name.rpartition(".")[0] not in known and width in parameter.shape
+        for name, parameter in block.named_parameters()
+    )
 
 
 def _note(layers: nn.Module, name: str, given: dict[int, str]) -> Any:
@@ -211,11 +227,6 @@ def _note(layers: nn.Module, name: str, given: dict[int, str]) -> Any:
         given[output.data_ptr()] = name
 
     return layers.get_submodule(name).register_forward_hook(hook)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and not list(module.children())
 
 
 def rms_parts(norm: nn.Module) -> tuple[Tensor, float, float] | None:
@@ -261,7 +272,7 @@ def _rotate_block(block: nn.Module, norms: dict[str, list[str]], signs: Tensor) 
             weight = turn(linear.weight.detach().float() * (factors * signs))
             replace_module(block, name, _rewritten(linear, weight))
         module.get_parameter("weight").data.fill_(1 - offset)
-    for name in [name for name, module in block.named_modules() if is_matrix(module)]:
+    for name in matrix_names(block):
         if name in reading:
             continue
         linear = as_linear(block.get_submodule(name))

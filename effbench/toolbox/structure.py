@@ -17,21 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from effbench.errors import UnfitError
-from effbench.toolbox.walk import as_linear, blocks, is_matrix, replace_module
+from effbench.toolbox.architectures import ATTENTION, FEEDFORWARD, blocks, is_matrix
+from effbench.toolbox.walk import as_linear, replace_module
 
-ATTENTION = (
-    (("q_proj", "k_proj", "v_proj"), "o_proj"),
-    (("q_proj", "k_proj", "v_proj"), "out_proj"),
-    (("c_attn",), "c_proj"),
-    (("query_key_value",), "dense"),
-)
-FEEDFORWARD = (
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("fc1",), "fc2"),
-    (("c_fc",), "c_proj"),
-    (("dense_h_to_4h",), "dense_4h_to_h"),
-)
-"""Matrices that write heads or channels, and the one that reads them, under the names that models give them."""
 COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "embed_dim", "split_size")
 """What an attention module may know of its own size, all in proportion to its heads."""
 
@@ -116,8 +104,11 @@ def channels(block: nn.Module) -> Units:
     Raises `UnfitError` where it is not made of the plain matrices that are known.
     """
     owner, writers, reader = _find(block, FEEDFORWARD, "feedforward")
-    places = torch.arange(as_linear(block.get_submodule(owner).get_submodule(reader)).in_features)[:, None]
-    return _units(owner, {name: places.clone() for name in writers}, reader, places)
+    width = as_linear(block.get_submodule(owner).get_submodule(reader)).in_features
+    places = torch.arange(width)[:, None]
+    fused = writers == ("gate_up_proj",)  # all gates first
+    rows = torch.cat([places, places + width], 1) if fused else places
+    return _units(owner, {name: rows.clone() for name in writers}, reader, places)
 
 
 def keep_units(block: nn.Module, units: Units, kept: Tensor) -> None:
@@ -165,7 +156,8 @@ def _find(block: nn.Module, known: Any, what: str) -> tuple[str, tuple[str, ...]
         children = {name for name, child in module.named_children() if is_matrix(child)}
         found += [(owner, w, reader) for w, reader in known if children >= {*w, reader}]
     if len(found) != 1:
-        raise UnfitError(f"a {type(block).__name__} has {len(found) or 'no'} {what} of plain matrices, not one")
+        count = f"{len(found)} {what}s" if found else f"no {what}"
+        raise UnfitError(f"a {type(block).__name__} has {count} of plain matrices by names that are known, not one")
     return found[0]
 
 

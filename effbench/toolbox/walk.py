@@ -13,39 +13,35 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from effbench.errors import UnfitError
+from effbench.toolbox.architectures import blocks, is_matrix, matrix_names
+from effbench.toolbox.experts import ExpertList, expert_slices, unfold
 from effbench.toolbox.inputs import Inputs
 
 TOKENS_AT_ONCE = 2048
 """Sequences are read together up to so many tokens; one that is longer is read alone."""
 
 
-def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's blocks and their name in the model.
-
-    Found by structure: the module list as long as the config's number of layers that holds the most parameters.
-    Raises `UnfitError` where there is none.
-    """
-    depth = getattr(model.config, "num_hidden_layers", None)
-    found = [
-        (sum(p.numel() for p in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not found:
-        raise UnfitError(f"no list of {depth} decoder blocks was found in a {type(model).__name__}")
-    _, name, module = max(found, key=lambda entry: entry[0])
-    return name, module
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Whether this is a plain weight matrix: `nn.Linear`, or the transposed `Conv1D` of GPT-2."""
-    return type(module) in (nn.Linear, Conv1D)
-
-
 def matrices(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The plain weight matrices within the blocks, by their names in the model; embeddings and head are left out."""
+    """The plain weight matrices within the blocks, by their names in the model; embeddings and head are left out.
+
+    Experts that are kept together are taken apart first, which changes nothing that the model computes.
+    Raises `UnfitError` where they are of an unknown kind, or where no blocks are found.
+    """
     prefix, layers = blocks(model)
-    return [(f"{prefix}.{name}", as_linear(m)) for name, m in layers.named_modules() if is_matrix(m)]
+    unfold(layers, model.config)
+    return [(f"{prefix}.{name}", as_linear(layers.get_submodule(name))) for name in matrix_names(layers)]
+
+
+def weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What `matrices` would give, as tensors (out, in) and without touching the model."""
+    prefix, layers = blocks(model)
+    replaceable = set(matrix_names(layers))
+    found = []
+    for name, module in layers.named_modules(prefix=prefix):
+        if name[len(prefix) + 1 :] in replaceable:
+            found.append((name, as_linear(module).weight.detach()))
+        found += [(f"{name}.{inside}", matrix) for inside, matrix in expert_slices(module)]
+    return found
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
@@ -100,7 +96,7 @@ class Block:
 
     def matrices(self) -> list[str]:
         """The names, within the block, of its plain weight matrices."""
-        return [name for name, module in self.module.named_modules() if is_matrix(module)]
+        return matrix_names(self.module)
 
     def run(self, call: int, hidden: Tensor | None = None) -> Tensor:
         """What the block as it is now gives for a call, or for other `hidden` states with that call's arguments."""
@@ -170,6 +166,7 @@ def walk(model: nn.Module, ids: Tensor | None) -> Iterator[Block]:
     states is held for all blocks. A caller that has the dense blocks feed the next ones advances before it changes.
     """
     prefix, layers = blocks(model)
+    unfold(layers, model.config)
     hidden: list[Tensor] = []
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in layers]
     if ids is not None:
@@ -179,6 +176,9 @@ def walk(model: nn.Module, ids: Tensor | None) -> Iterator[Block]:
         yield block
         if not block.advanced:
             block.advance()
+        for part in module.modules():
+            if isinstance(part, ExpertList):
+                part.settle()
         calls[index].clear()
 
 
@@ -237,3 +237,18 @@ def compress_blocks(
         for together in block.groups(names) if sequential and not dense_inputs else [names]:
             for name, inputs in block.inputs(together, statistics, advance=dense_inputs).items():
                 block.replace(name, layer, inputs)
+
+
+__all__ = [
+    "Block",
+    "as_linear",
+    "blocks",
+    "captured_inputs",
+    "compress_blocks",
+    "is_matrix",
+    "matrices",
+    "matrix_names",
+    "replace_module",
+    "walk",
+    "weights",
+]

@@ -65,7 +65,7 @@ class SinkWindow(Technique):
         if self.positions == "cache":
             rope = getattr(config, "rope_parameters", None)
             if not rope:
-                return "its positions are not rotations of the keys, which cannot be moved; use positions=original"
+                return "its config gives no rotation by which keys could be moved; use positions=original"
             if rope.get("rope_type") in ("dynamic", "longrope"):
                 return "its rotations change with the length of the text; use positions=original"
         return None

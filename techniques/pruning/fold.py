@@ -17,7 +17,7 @@ from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.structure import keep_blocks
 from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
-from effbench.toolbox.walk import blocks, is_matrix, matrices
+from effbench.toolbox.walk import blocks, matrices, matrix_names
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _gated(layers: nn.ModuleList, gates: list[nn.Parameter]) -> Iterator[None]:
 
 def share(first: nn.Module, others: list[nn.Module]) -> None:
     """Let `others` compute with the very matrices, and their biases, of the block `first`."""
-    for name in [name for name, module in first.named_modules() if is_matrix(module)]:
+    for name in matrix_names(first):
         source: Any = first.get_submodule(name)
         for other in others:
             target: Any = other.get_submodule(name)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.errors import UnfitError
 from effbench.technique import Data, System, Technique
+from effbench.toolbox.architectures import FEEDFORWARD_SIZES
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.structure import Units, channels, heads, keep_units, write_config
 from effbench.toolbox.training import next_token_loss
@@ -162,7 +163,7 @@ def write_sizes(model: Any) -> None:
     if len(sizes) > 1:
         return
     groups, width, inner = sizes.pop()
-    values = {next(key for key in ("intermediate_size", "ffn_dim", "n_inner") if hasattr(config, key)): inner}
+    values = {next(key for key in FEEDFORWARD_SIZES if hasattr(config, key)): inner}
     if hasattr(config, "head_dim"):
         values |= {"num_attention_heads": groups * width // config.head_dim, "head_dim": config.head_dim}
         if hasattr(config, "num_key_value_heads"):

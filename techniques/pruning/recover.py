@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
-from effbench.toolbox.walk import blocks, is_matrix, matrices, replace_module
+from effbench.toolbox.walk import blocks, matrices, matrix_names, replace_module
 
 
 class Addition(nn.Module):
@@ -83,7 +83,7 @@ class Recover(Technique):
         generator = torch.Generator().manual_seed(self.seed)
         additions: dict[int, Addition] = {}
         adapted: dict[str, Adapted] = {}
-        for name, module in [(name, module) for name, module in layers.named_modules() if is_matrix(module)]:
+        for name, module in [(name, layers.get_submodule(name)) for name in matrix_names(layers)]:
             weight: Any = module.weight
             if id(weight) not in additions:
                 seen = weight.T if isinstance(module, Conv1D) else weight

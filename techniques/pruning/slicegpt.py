@@ -77,6 +77,7 @@ class SliceGPT(Technique):
         plans = []
         for block in walk(model, ids):
             norms = feeding_norms(block)
+            _check_others(block, norms)
             parallel = _fed_alike(block, [norm.name for norm in norms])
             plans.append((norms, parallel))
             bases += _bases(block, norms, parallel, narrow)
@@ -212,6 +213,16 @@ def feeding_norms(block: Block) -> list[Norm]:
     if any(len(places) != 1 or not places <= of.keys() for places in found) or found[0] == found[1]:
         raise UnfitError(f"{block.name}: attention and feedforward are not each fed by a norm whose weights can move")
     return [of[places.pop()] for places in found]
+
+
+def _check_others(block: Block, norms: list[Norm]) -> None:
+    """Raises `UnfitError` for weights of the stream that are neither matrices, nor norms that feed them."""
+    parts = heads(block.module), channels(block.module)
+    known = {*(norm.name for norm in norms), *(name for part in parts for name in (*part.rows, part.reader))}
+    width = len(norms[0].weight)
+    for name, parameter in block.module.named_parameters():
+        if name.rpartition(".")[0] not in known and width in parameter.shape:
+            raise UnfitError(f"{block.name}.{name} belongs to the stream beside attention, feedforward and their norms")
 
 
 def _fed_alike(block: Block, names: list[str]) -> bool:
