@@ -1,15 +1,17 @@
 """Every architecture by every technique: what works, what does not fit and why, on small random checkpoints.
 
-`python -m effbench.coverage DIR` makes the checkpoints in a temporary folder, tries all pairs and writes DIR/README.md.
+`python -m effbench.coverage DIR` makes the checkpoints in a temporary folder, tries all pairs, and writes what came of
+them to DIR: a file for each architecture, and a page.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import transformers
 
 from effbench import models, registry, store
 from effbench.contract import UNTOUCHED, small, unchanged
-from effbench.data import WINDOW, Data, WorldSource
+from effbench.data import Data, WorldSource
 from effbench.errors import PackageError, UnfitError
 from effbench.jobs.applying import Before
 from effbench.reference.tokenizer import build_tokenizer
@@ -141,7 +143,7 @@ class Lab:
         try:
             reason = technique.unfit(system)
             if reason is None:
-                data = Data(self._source, min(system.context, WINDOW), self._load)
+                data = Data(self._source, system.context, self._load)
                 system = technique.apply(system, data)
         except (UnfitError, PackageError) as unfit:
             reason = str(unfit)
@@ -232,22 +234,31 @@ HEAD = """# Architectures and techniques
 Every technique on a small random checkpoint of every architecture, written to disk, loaded, changed, saved and loaded
 again. A number is the share, in percent, of the weights in the blocks that were changed; `ok` marks techniques that
 leave weights alone; a number in brackets is the note below that says why the technique does not fit. Shares below 100
-are matrices that are kept: routers of experts, convolutions, experts that no calibration token was sent to.
-`python -m effbench.coverage results/architectures` writes this page, and a test holds it.
+are of weights that are kept: routers of experts, convolutions, experts that no calibration token was sent to, blocks
+that pruning left whole. `python -m effbench.coverage results/architectures` writes this page, and a test holds it;
+names of architectures after the folder try only these anew.
 """
 
 
-def main(folder: Path) -> None:
-    """Try all pairs and write the page."""
+def read(folder: Path) -> list[Cell]:
+    """The cells that lie in a folder, in the order of `ARCHITECTURES`."""
+    paths = [folder / f"{architecture}.json" for architecture in ARCHITECTURES]
+    return [Cell(**values) for path in paths if path.is_file() for values in json.loads(path.read_text("utf-8"))]
+
+
+def main(folder: Path, architectures: Sequence[str]) -> None:
+    """Try all techniques on the architectures, or on all, and write their cells and the page of all that lie there."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
-    cells = []
-    for cell in matrix():
-        print(f"{cell.architecture:12} {cell.technique:13} {cell.problem or cell.reason or 'ok'}", flush=True)
-        cells.append(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(page(cells), encoding="utf-8")
+    for architecture in architectures or ARCHITECTURES:
+        cells = list(matrix([architecture]))
+        for cell in cells:
+            print(f"{cell.architecture:12} {cell.technique:13} {cell.problem or cell.reason or 'ok'}", flush=True)
+        lines = [json.dumps(asdict(cell)) for cell in cells]
+        (folder / f"{architecture}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", "utf-8")
+        (folder / "README.md").write_text(page(read(folder)), "utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -51,3 +51,13 @@ class UnfitError(EffbenchError):
 
 class WorkerError(EffbenchError):
     """A worker process could not be started."""
+
+
+SCARCE = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+"""What torch's allocator, the system and C++ say where memory is short."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short. torch says it by its own error on a GPU and by a plain `RuntimeError` on a CPU."""
+    kind = type(error).__name__
+    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(said in str(error) for said in SCARCE)

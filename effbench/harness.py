@@ -87,6 +87,7 @@ def check(suite: Suite) -> list[str]:
     """
     trust = models.Trust(suite.allow_pickle, suite.trust_remote_code)
     models.check(suite.model, trust)
+    models.examine(suite.model, trust)
     models.check_dtype(suite.dtype, suite.device)
     pipelines = ["dense"]
     for asked in suite.techniques:
@@ -198,6 +199,7 @@ def applied(suite: Suite, pipeline: str, trust: models.Trust = models.CAREFUL) -
     Raises `UsageError` for a wrong question and `UnfitError` where the pipeline does not fit the model.
     """
     models.check(suite.model, trust)
+    models.examine(suite.model, trust)
     pipeline = registry.canonical(pipeline)
     _check_text(suite)
     from effbench.jobs.applying import apply_pipeline

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effbench import reference
+from effbench import checkpoint, reference
+from effbench.checkpoint import CAREFUL, SAVED, Trust
 from effbench.errors import ModelError
 from effbench.registry import suggest
 
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 
     from effbench.technique import System
 
-SAVED = "effbench.json"
-"""The file that marks a folder as a saved system (see `effbench.store`)."""
-
 DTYPES = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
@@ -29,18 +25,6 @@ DTYPES = {
     "float32": "float32",
     "fp32": "float32",
 }
-
-
-@dataclass(frozen=True)
-class Trust:
-    """What a user allows a model's folder to do; nothing, unless asked."""
-
-    pickle: bool = False
-    remote_code: bool = False
-
-
-CAREFUL = Trust()
-"""Nothing is allowed."""
 
 
 def is_reference(name: str) -> bool:
@@ -73,8 +57,10 @@ def check(name: str, trust: Trust = CAREFUL) -> None:
         return
     folder = Path(name).expanduser()
     if folder.is_dir():
-        _check_folder(folder, trust)
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.exists():
+        checkpoint.check_folder(folder, trust)
+    elif folder.exists():
+        raise ModelError(f"{name} is a file; give the folder that it is in, with config.json beside the weights")
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         hint = suggest(name, list(reference.NAMES))
         known = ", ".join(reference.NAMES)
         raise ModelError(
@@ -85,41 +71,14 @@ def check(name: str, trust: Trust = CAREFUL) -> None:
         _check_hub(name)
 
 
-def _check_folder(folder: Path, trust: Trust) -> None:
-    if (folder / SAVED).is_file():
-        weights = sorted(folder.glob("**/*.safetensors"))
-    else:
-        if not (folder / "config.json").is_file():
-            made = "save_pretrained or `effbench apply` wrote"
-            raise ModelError(f"{folder} has no config.json; give a folder that {made}")
-        weights = sorted(folder.glob("*.safetensors"))
-    pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.pth"))
-    if not weights and not pickled:
-        raise ModelError(f"{folder} has no weights; expected *.safetensors beside config.json")
-    if not weights and not trust.pickle:
-        raise ModelError(
-            f"{folder} has only pickled weights ({pickled[0].name}), which can run any code when loaded; convert "
-            "them to safetensors, or pass --allow-pickle if you trust them"
-        )
-    for path in weights:
-        _check_safetensors(path)
+def examine(name: str, trust: Trust = CAREFUL) -> None:
+    """Hold a checkpoint's weights and tokenizer against its config; transformers is imported, nothing is loaded.
 
-
-def _check_safetensors(path: Path) -> None:
-    """The header must be readable and the file as long as it says."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (struct.error, ValueError, KeyError, TypeError):
-        raise ModelError(f"{path} is not a safetensors file or its header is corrupt; fetch it again") from None
-    if size != expected:
-        raise ModelError(f"{path} is cut short: {size:,} bytes instead of {expected:,}; fetch it again")
+    Raises `ModelError` for tensors that are missing, too many or of another shape, and for another vocabulary.
+    """
+    folder = Path(name).expanduser()
+    if name.partition("@")[0] not in reference.NAMES and not (folder / SAVED).is_file():
+        checkpoint.examine(str(folder) if folder.is_dir() else name, trust)
 
 
 def _check_hub(name: str) -> None:
@@ -218,38 +177,58 @@ def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -
     from effbench.technique import System
 
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    options = {"trust_remote_code": trust.remote_code}
-    try:
-        safe = None if trust.pickle else True
+    if checkpoint.quantized_by(Path(path)) == "bitsandbytes":
+        from effbench.toolbox.bitsandbytes import library
+
+        library()  # it is to be imported in our way, before transformers does
+    with checkpoint.one_sentence(name):
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=safe, output_loading_info=True, **options
+            path,
+            dtype=dtype,
+            use_safetensors=None if trust.pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust.remote_code,
+            **_placement(path, device),
         )
+        checkpoint.complain(name, report)
         tokenizer = load_tokenizer(path, trust)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as reason:
-        text = str(reason).strip().splitlines() or [type(reason).__name__]
-        advice = "pass --trust-remote-code if you trust it" if "trust_remote_code" in str(reason) else "check its files"
-        raise ModelError(f"{name} cannot be loaded: {text[0].rstrip('.')}; {advice}") from None
-    lacking = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
-    if lacking:
-        raise ModelError(f"{name} lacks {lacking[0]}, or has it in another shape; random numbers would stand for it")
-    if Path(path).is_dir() and torch.device(device).type == "cpu":
-        _own(model, Path(path))
-    return System.dense(model.to(device).eval(), tokenizer)
+    checkpoint.check_vocabulary(name, model, tokenizer)
+    if getattr(model, "hf_quantizer", None) is not None:
+        from effbench.toolbox.adopted import adopt
+
+        adopt(model)
+    elif Path(path).is_dir() and torch.device(device).type == "cpu":
+        from effbench.mapped import keep_on_disk
+
+        keep_on_disk(model, Path(path))
+    elif not hasattr(model, "hf_device_map"):
+        model = model.to(device)
+    return System.dense(model.eval(), tokenizer)
 
 
-def _own(model: Any, folder: Path) -> None:
-    """Read into memory of its own what transformers has only mapped, a tensor at a time.
+def _placement(path: str, device: Any) -> dict[str, Any]:
+    """Where transformers puts a model: one that is larger than its GPU is spread over all GPUs and memory."""
+    import torch
 
-    Mapped pages stay resident, as long as any tensor of the file lives, beside all that is made of the others.
-    """
-    from effbench.store import read_tensors
+    device = torch.device(device)
+    if device.type != "cuda":
+        return {}
+    free, _ = torch.cuda.mem_get_info(device)
+    return {"device_map": "auto"} if weights_bytes(path) > 0.9 * free else {"device_map": {"": device}}
 
-    parameters = dict(model.named_parameters())
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in read_tensors(path):
-            mapped = parameters.get(name)
-            if mapped is None or (mapped.dtype, mapped.shape) != (tensor.dtype, tensor.shape):
-                continue  # it was converted, and is not mapped any more
-            ends = [(t.flatten()[0], t.flatten()[-1]) for t in (mapped.detach(), tensor)]
-            if ends[0] == ends[1]:
-                mapped.data = tensor
+
+__all__ = [
+    "CAREFUL",
+    "DTYPES",
+    "SAVED",
+    "Trust",
+    "check",
+    "check_dtype",
+    "examine",
+    "is_reference",
+    "load",
+    "load_tokenizer",
+    "speaks_reference",
+    "weights_bytes",
+]

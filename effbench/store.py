@@ -192,8 +192,8 @@ def _load_model(folder: Path, device: Any) -> nn.Module:
     return model.eval()
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a safetensors file, each read into memory of its own.
+def read_tensors(path: Path, most_bytes: int | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a safetensors file, each read into memory of its own; only those of at most so many bytes.
 
     The format's own loader maps the file, where a tensor starts at any byte; kernels that load whole vectors crash on
     that. Mapped pages would also stay in the process's peak beside every copy made of them.
@@ -203,8 +203,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
             start, end = entry["data_offsets"]
+            if most_bytes is not None and end - start > most_bytes:
+                continue
+            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
             file.seek(8 + length + start)
             if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != end - start:
                 raise ModelError(f"{path} is cut short; save the system again")

@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from effbench.errors import WorkerError
+from effbench.errors import WorkerError, is_out_of_memory
 
 OUT_OF_MEMORY = 77
 """The exit code of a child that ran out of memory and could say so."""
@@ -204,23 +204,14 @@ def _child(message: dict[str, Any]) -> None:
         module, _, name = message["call"].partition(":")
         getattr(import_module(module), name)(**message["arguments"])
         code = 0
-    except MemoryError:
-        traceback.print_exc()
-        code = OUT_OF_MEMORY
     except BaseException as error:
+        code = OUT_OF_MEMORY if is_out_of_memory(error) else 1
         traceback.print_exc()
-        code = OUT_OF_MEMORY if _is_out_of_memory(error) else 1
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says it by its own error on a GPU and by a plain `RuntimeError` on a CPU."""
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text
 
 
 def _die_with_parent() -> None:

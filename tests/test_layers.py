@@ -7,7 +7,19 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors", "columns"},
     {"technique", "toolbox"},
-    {"registry", "models", "store", "suite", "data", "protocols", "streams", "reference", "measure", "results"},
+    {
+        "registry",
+        "models",
+        "checkpoint",
+        "store",
+        "suite",
+        "data",
+        "protocols",
+        "streams",
+        "reference",
+        "measure",
+        "results",
+    },
     {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "coverage", "evidence"},
     {"cli", "options"},
 ]

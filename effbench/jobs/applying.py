@@ -53,16 +53,16 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     job = Job(out, suite, pipeline, system)
     record = job.record
     dense = job.dense()
-    own_code = type(dense.model).__module__.startswith("transformers_modules")
+    foreign = _foreign(dense)
     if pipeline == "dense":
         finished = "apply" in record.measured  # what all rows share was no longer there
-        if finished and not own_code:
+        if finished and not foreign:
             store.save(dense, job.system_folder, pipeline)
         record.provenance["prompts"] = sharing.write(job.out, job.suite, dense, source_for(job.suite, dense))
         if finished:
             return
-    elif own_code:
-        _end(job, "unfit", "the model runs code of its own, so a changed one cannot be saved and loaded")
+    elif foreign:
+        _end(job, "unfit", f"{foreign}, so a changed one cannot be saved and loaded")
         return
     _check_weights(job, dense)
     before, others = Before(dense), memory.others(dense)
@@ -102,12 +102,20 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     modules = [module for part in (result.model, *result.parts.values()) for module in part.modules()]
     for kind in ("simulated", "unpacked"):
         record.provenance[kind] = remarks(modules, kind)
-    if not own_code:
+    if not foreign:
         store.save(result, job.system_folder, pipeline)
-    saved = None if own_code else memory.folder_bytes(job.system_folder)
-    record.put("saved_bytes", saved, "a model that runs code of its own cannot be saved")
+    saved = None if foreign else memory.folder_bytes(job.system_folder)
+    record.put("saved_bytes", saved, f"{foreign}, so it cannot be saved")
     record.measured["apply"] = record.cost["seconds"] or 0.0
     results.save(record, job.out)
+
+
+def _foreign(dense: System) -> str:
+    """What of a model is not made by transformers or by us; empty if nothing is."""
+    model: Any = dense.model
+    if type(model).__module__.startswith("transformers_modules"):
+        return "the model runs code of its own"
+    return "the model came packed in layers of another library" if getattr(model, "hf_quantizer", None) else ""
 
 
 class Before:
@@ -170,8 +178,9 @@ def _record_size(record: Record, system: System, before: Before) -> None:
     stored = memory.stored_bytes(system)
     record.put("stored_bytes", stored)
     record.put("parts_bytes", memory.parts_bytes(system))
-    saved = (Path(record.model).expanduser() / models.SAVED).is_file()  # packed weights are no parameters to count
-    bits = None if saved else 8 * stored / before.parameters
+    # packed weights are no parameters to count
+    packed = not before.weights or (Path(record.model).expanduser() / models.SAVED).is_file()
+    bits = None if packed else 8 * stored / before.parameters
     record.put("bits_per_weight_model", bits, "it came compressed, and its dense weights are not counted any more")
     changed = before.changed(system)
     changed_weights = sum(before.weights[name][1] for name in changed)

@@ -109,24 +109,26 @@ class FourBitLinear(StoredModule):
     @staticmethod
     def tiles(linear: nn.Linear, block_size: int) -> bool:
         """Whether the kernel here could compute `linear`: bfloat16 on a CPU that has its arithmetic, whole tiles."""
-        weight = linear.weight
-        whole = linear.out_features % TILE == 0 and linear.in_features % max(block_size, 64) == 0
-        return whole and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _has_kernel()
+        return tileable(linear.weight.shape, block_size, linear.weight.dtype, linear.weight.device)
 
     @classmethod
     def pack(cls, linear: nn.Linear, kind: str, block_size: int, double_quant: bool) -> Self:
         """The module that rounds the weights of `linear`."""
-        bias, tiled = linear.bias, cls.tiles(linear, block_size)
-        dtype = str(bias.dtype if bias is not None else torch.float32).removeprefix("torch.")
-        shape = linear.in_features, linear.out_features
-        module = cls(*shape, kind, block_size, double_quant, tiled, bias is not None, dtype)
         weight = linear.weight.detach().contiguous()
         codes, state = library().quantize_4bit(
             weight, blocksize=block_size, compress_statistics=double_quant, quant_type=kind
         )
-        module.codes = _to_tiles(codes.flatten(), linear.out_features) if tiled else codes.flatten()
+        return cls.of(codes, state, linear.bias, cls.tiles(linear, block_size))
+
+    @classmethod
+    def of(cls, codes: Tensor, state: Any, bias: Tensor | None, tiled: bool) -> Self:
+        """The module over `codes` as the library gives them, whose `state` is the library's."""
+        dtype = str(bias.dtype if bias is not None else torch.float32).removeprefix("torch.")
+        rows, columns = state.shape
+        module = cls(columns, rows, state.quant_type, state.blocksize, state.nested, tiled, bias is not None, dtype)
+        module.codes = _to_tiles(codes.flatten(), rows) if tiled else codes.flatten()
         module.scales = state.absmax
-        if double_quant:
+        if state.nested:
             module.scales_of_scales, module.mean_scale = state.state2.absmax, state.offset.clone()
         if bias is not None:
             module.bias = bias.detach().clone()
@@ -234,6 +236,12 @@ class LLMInt8Linear(StoredModule):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def tileable(shape: torch.Size, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel here could compute with a matrix of this shape (out, in) on inputs of this dtype."""
+    whole = shape[0] % TILE == 0 and shape[1] % max(block_size, 64) == 0
+    return whole and dtype == torch.bfloat16 and device.type == "cpu" and _has_kernel()
 
 
 @cache
