@@ -10,6 +10,7 @@ LAYERS = [
     {
         "registry",
         "models",
+        "mapped",
         "checkpoint",
         "store",
         "suite",
