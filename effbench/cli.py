@@ -64,6 +64,8 @@ def run(
     prompt_tokens: opt.PromptTokens = None,
     new_tokens: opt.NewTokens = None,
     rounds: opt.Rounds = None,
+    conditions: opt.Conditions = None,
+    dense_runs: opt.DenseRuns = None,
     timeout: opt.Timeout = None,
     seed: opt.Seed = None,
     out: opt.Out = None,
@@ -98,6 +100,8 @@ def run(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
+        conditions=tuple(conditions.split(",")) if conditions else None,
+        dense_runs=dense_runs,
         timeout_seconds=timeout,
         seed=seed,
         allow_pickle=allow_pickle or None,
@@ -174,6 +178,7 @@ def show(
     as_json: opt.Json = False,
     as_csv: opt.Csv = False,
     as_markdown: opt.Markdown = False,
+    details: opt.Details = False,
     html: opt.Html = None,
 ) -> None:
     """Show what was measured."""
@@ -197,7 +202,7 @@ def show(
 
         sys.stdout.write(markdown(rows))
     elif rows:
-        print_table(rows)
+        print_table(rows, details)
     if html and rows:
         from effbench.report.page import write
 

@@ -56,7 +56,14 @@ def _claim(name: str, unit: str, exact: bool, digits: int, seen: str) -> tuple[C
     """What may be claimed of a column's difference from dense, and from what size on one would have been `seen`."""
     return (
         Column(
-            f"{name}_p", "", "", exact, 4, "chance of it if nothing differed, Holm-corrected over rows", derived=True
+            f"{name}_p",
+            "",
+            "",
+            exact,
+            4,
+            "chance of it if nothing differed, Holm-corrected over rows",
+            derived=True,
+            title="p",
         ),
         Column(
             f"{name}_detectable",
@@ -231,6 +238,15 @@ COLUMNS: tuple[Column, ...] = (
     Column("decode_joules_per_token", "J", "lower", False, 4, "energy of a further new token, above idle"),
     Column("joules_per_correct", "J", "lower", False, 4, "energy of the tasks, above idle, for each correct answer"),
     Column("idle_watts", "W", "", False, 1, "power of the idle device, the mean of before and after"),
+    Column("overlap", "", "lower", True, 4, "share of the evaluated tokens that applying has read, in runs of 48"),
+    Column("nominal_bits", "bits", "", True, 1, "bits in the options", title="bits asked"),
+    Column("nominal_sparsity", "", "", True, 2, "share of weights that the options leave out", title="sparsity asked"),
+    Column("nominal_keep", "", "", True, 2, "kept share of a matrix in the options", title="keep asked"),
+    Column("nominal_rank", "", "", True, 0, "rank in the options", title="rank asked"),
+    Column("nominal_cache_bits", "bits", "", True, 1, "bits of the cache in the options", title="KV bits asked"),
+    Column(
+        "nominal_cache_tokens", "tokens", "", True, 0, "tokens of the cache in the options", title="KV tokens asked"
+    ),
     Column("cost_seconds", "s", "lower", False, 1, "time of applying the pipeline", title="apply"),
     Column("cost_peak_bytes", "bytes", "lower", False, 1, "peak resident memory while applying"),
     Column("cost_peak_device_bytes", "bytes", "lower", False, 1, "peak of the GPU allocator while applying"),

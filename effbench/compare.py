@@ -8,7 +8,7 @@ against themselves, say how far such a ratio strays on this machine with no reas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from effbench.columns import BY_NAME, column
 from effbench.errors import RecordError, UsageError
 from effbench.measure import paired
 from effbench.measure.claims import SPEEDUPS
+from effbench.measure.comparable import differs, other_machine
 from effbench.measure.derived import Row, accuracy_differences, nats_difference, rows, same_text
 from effbench.protocols import DOCUMENT
 from effbench.results import Record, load_all
@@ -23,6 +24,7 @@ from effbench.results import Record, load_all
 SETTINGS = ("protocol", "window", "dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
 """What has to be the same for two rows to answer the same question; paths may differ, their content may not."""
 GROWING = (
+    "overlap",
     "stored_bytes",
     "bits_per_weight",
     "bits_per_weight_model",
@@ -94,6 +96,7 @@ def compare(old: Path, new: Path, thresholds: Thresholds = DEFAULT) -> list[Find
     dense = [row.record for row in [*before.values(), *after.values()] if row.record.pipeline == "dense"]
     floor = max((_strays(record, samples) for record in dense for samples, _ in SPEEDUPS.values()), default=0.0)
     found: list[Finding] = []
+    apart: dict[str, str] = {}
     for key, was in before.items():
         if key not in after:
             found.append(_said(was, "status", was.record.status, None, "worse", f"there is no such row in {new}"))
@@ -104,12 +107,21 @@ def compare(old: Path, new: Path, thresholds: Thresholds = DEFAULT) -> list[Find
         if was.record.status == now.record.status == "ok":
             for compared in (_quality, _accuracy, _divergence, _sizes, _share):
                 found.extend(compared(was, now, thresholds))
-            found.extend(_speed(was, now, thresholds, floor))
-            found.extend(_memory(was, now, thresholds))
+            reason = _not_timed_alike(was.record, now.record)
+            if reason:
+                apart[reason] = f"times and memory are not compared: {new} was measured {reason}"
+            else:
+                found.extend(_speed(was, now, thresholds, floor))
+                found.extend(_memory(was, now, thresholds))
             found.extend(_lost(was, now))
     for key, now in after.items():
         if key not in before:
             found.append(_said(now, "status", None, now.record.status, "", f"it is new in {new}"))
+    found.extend(Finding("", "", None, None, "", sentence) for sentence in apart.values())
+    dirty = [str(folder) for folder, rows_there in ((old, before), (new, after)) if _is_dirty(rows_there.values())]
+    if dirty:
+        text = f"{' and '.join(dirty)} come from a checkout with changes: their commit does not say what was measured"
+        found.append(Finding("", "", None, None, "", text))
     order = {"worse": 0, "better": 1, "": 2}
     return sorted(found, key=lambda finding: order[finding.better])
 
@@ -130,6 +142,9 @@ def _same_question(was: Record, now: Record, old: Path, new: Path) -> None:
                 f"{old} and {new} answer different questions: {name} is {one.get(name)!r} in one and "
                 f"{other.get(name)!r} in the other; compare runs of the same suite"
             )
+    weights, others = (record.provenance.get("model_hash") for record in (was, now))
+    if differs(weights, others) and was.pipeline == "dense":
+        raise RecordError(f"{old} and {new} were measured with other weights of {was.model}; compare runs of the same")
     if "nll" in was.samples and "nll" in now.samples and not same_text(was, now):
         raise RecordError(f"{old} and {new} scored different text for {was.pipeline!r}; compare runs of one text")
     for name in was.samples:
@@ -137,6 +152,19 @@ def _same_question(was: Record, now: Record, old: Path, new: Path) -> None:
         items, others = (record.provenance.get("items_hash", {}).get(name.partition("/")[2]) for record in (was, now))
         if name.startswith("correct/") and (len(there) != len(was.samples[name]) or (others and items != others)):
             raise RecordError(f"{old} and {new} have other items of {name.partition('/')[2]}; compare runs of the same")
+
+
+def _not_timed_alike(was: Record, now: Record) -> str:
+    """How times and peaks were had otherwise, "" where they were had in the same way."""
+    threads, others = now.settings.get("threads"), was.settings.get("threads")
+    if differs(threads, others):
+        return f"with {threads} threads, and the other with {others}"
+    machine = other_machine(was, now)
+    return f"on another machine ({machine})" if machine else ""
+
+
+def _is_dirty(rows_there: Iterable[Row]) -> bool:
+    return any(row.record.provenance.get("dirty") for row in rows_there)
 
 
 def _said(row: Row, name: str, old: float | str | None, new: float | str | None, better: str, text: str) -> Finding:
@@ -189,7 +217,7 @@ def _divergence(was: Row, now: Row, limits: Thresholds) -> Iterator[Finding]:
     """Columns over the same tokens that carry no error of their own."""
     samples = now.record.samples
     tokens = sum(samples.get("compared_tokens") or samples.get("tokens", [])) or 1
-    for name in ("kl_to_dense", "top1_agreement", "tokens_per_pass", "acceptance_rate"):
+    for name in ("accuracy_norm", "kl_to_dense", "top1_agreement", "tokens_per_pass", "acceptance_rate"):
         old, new = was.values.get(name), now.values.get(name)
         if old is None or new is None:
             continue

@@ -234,6 +234,8 @@ class Data:
     load: Callable[[str], System]
     seed: int = 0
     tokens: int = field(default=0, init=False)
+    watch: Callable[[np.ndarray], None] | None = field(default=None, init=False)
+    """Is shown all that is handed out."""
 
     def calibration(self, samples: int = 128, length: int | None = None) -> Tensor:
         """Token ids (samples, length) from the calibration split; the model's context unless a length is given."""
@@ -273,4 +275,6 @@ class Data:
             raise UnfitError("needs calibration text and none was given; use --text FILE or --calibration FILE")
         ids = torch.from_numpy(self.source.training(count, min(length or self.context, self.context), seed))
         self.tokens += ids.numel()
+        if self.watch is not None:
+            self.watch(ids.numpy())
         return ids

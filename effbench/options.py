@@ -52,6 +52,8 @@ Batch = Annotated[int | None, _option("Sequences timed at once. [default: 1]", "
 PromptTokens = Annotated[int | None, _option("Tokens of a timed prompt. [default: 128]", "N")]
 NewTokens = Annotated[int | None, _option("Tokens timed after it. [default: 48]", "N")]
 Rounds = Annotated[int | None, _option("Timed rounds, interleaved with dense. [default: 8]", "N")]
+Conditions = Annotated[str | None, _option("Further batches and prompts timed, as 8x128,1x512.", "BxT,...")]
+DenseRuns = Annotated[int | None, _option("Dense processes timed, for the noise floor. [default: 6]", "N")]
 Timeout = Annotated[int | None, _option("Seconds for a step of one row. [default: 1800]", "SECONDS")]
 Seed = Annotated[int | None, _option("Seed of everything random. [default: 0]", "N")]
 Out = Annotated[Path | None, _option("Folder of the records. [default: one under runs/]", "DIR")]
@@ -62,6 +64,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Csv = Annotated[bool, typer.Option("--csv", help="As CSV.")]
+Details = Annotated[bool, typer.Option("--details", help="Intervals, tests, ranks; promises beside what was realised.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="As a GitHub Markdown table.")]
 Measure = Annotated[bool, typer.Option("--measure", help="Measure the machine's limits and keep them (seconds).")]
 Speed = Annotated[float, _option("Change of a ratio of times that counts.", "SHARE")]

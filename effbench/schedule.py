@@ -22,7 +22,13 @@ from effbench.suite import Suite
 from effbench.worker import OUT_OF_MEMORY, Workers
 
 STAGES = ("apply", "quality", "speed")
-JOBS = {"apply": "applying:apply", "quality": "scoring:quality", "speed": "timing:speed", "serve": "timing:serve"}
+JOBS = {
+    "apply": "applying:apply",
+    "quality": "scoring:quality",
+    "speed": "timing:speed",
+    "serve": "timing:serve",
+    "stray": "timing:stray",
+}
 MEASURES = {"apply": ("apply",), "quality": ("perplexity", "accuracy", "cache"), "speed": ("speed",)}
 """What each stage measures; a record names those that are finished, and they are not measured again."""
 
@@ -130,22 +136,61 @@ class Schedule:
         todo = [row.pipeline for row in rows if self._needed(row.pipeline, "speed")]
         if not todo:
             return
-        assert self.suite.threads is not None
-        socket = self.scratch / "dense.socket"
-        dense = self._submit("dense", "serve", self.suite.threads, socket=str(socket))
-        ended: dict[int, tuple[int, bool]] = {}
-        while not socket.exists() and dense not in ended:
-            ended |= {job: (code, late) for job, code, late in self._ended()}
+        self.ended: dict[int, tuple[int, bool]] = {}
+        self._start_dense()
         for pipeline in todo:
-            if dense in ended:
-                why = self.workers.log_tail(dense) or f"exit code {ended[dense][0]}"
+            gone = self.ended.get(self.worker)
+            if gone and gone[0] not in (OUT_OF_MEMORY, -9):
+                why = self.workers.log_tail(self.worker) or f"exit code {gone[0]}"
                 self._fail(pipeline, f"there is no dense worker to be timed beside: {why}")
                 continue
-            job = self._submit(pipeline, "speed", self.suite.threads, socket=str(socket))
-            while job not in ended:
-                ended |= {job: (code, late) for job, code, late in self._ended()}
-            self._settle(pipeline, "speed", job, *ended[job])
-        self.workers.cancel(dense)
+            code, late, job = self._time(pipeline)
+            self._settle(pipeline, "speed", job, code, late)
+            if pipeline == "dense":
+                self._strays()
+        self.workers.cancel(self.worker)
+
+    def _start_dense(self) -> None:
+        """Start the dense worker; it may have ended before it could serve."""
+        assert self.suite.threads is not None
+        self.socket = self.scratch / "dense.socket"
+        self.socket.unlink(missing_ok=True)
+        self.worker = self._submit("dense", "serve", self.suite.threads, socket=str(self.socket))
+        while not self.socket.exists() and self.worker not in self.ended:
+            self._collect()
+
+    def _collect(self) -> None:
+        self.ended |= {job: (code, late) for job, code, late in self._ended()}
+
+    def _wait(self, job: int) -> tuple[int, bool, int]:
+        while job not in self.ended:
+            self._collect()
+        return (*self.ended[job], job)
+
+    def _time(self, pipeline: str) -> tuple[int, bool, int]:
+        """Time one row beside the dense worker; alone, and without times, where memory does not hold both."""
+        assert self.suite.threads is not None
+        if self.worker not in self.ended:
+            done = self._wait(self._submit(pipeline, "speed", self.suite.threads, socket=str(self.socket)))
+            if done[0] not in (OUT_OF_MEMORY, -9) or pipeline == "dense":
+                return done
+            self.workers.cancel(self.worker)
+            self._wait(self.worker)
+        done = self._wait(self._submit(pipeline, "speed", self.suite.threads, socket=""))
+        self._start_dense()
+        return done
+
+    def _strays(self) -> None:
+        """Time further processes of the dense model against the dense worker."""
+        assert self.suite.threads is not None
+        while self.worker not in self.ended:
+            record = self._load("dense")
+            done = len(record.samples.get("strays/decode_seconds", []))
+            if record.status != "ok" or done + 1 >= self.suite.dense_runs:
+                return
+            code, *_ = self._wait(self._submit("dense", "stray", self.suite.threads, socket=str(self.socket)))
+            if code != 0:
+                return  # the rows are held against those that there are
 
     def _fail(self, pipeline: str, reason: str) -> None:
         record = self._load(pipeline)

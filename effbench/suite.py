@@ -18,7 +18,7 @@ from effbench.registry import suggest
 if TYPE_CHECKING:
     from effbench.measure.tasks import Asking
 
-LATER = ("num_fewshot", "apply_chat_template", "task_data")
+LATER = ("num_fewshot", "apply_chat_template", "task_data", "conditions", "dense_runs")
 """Fields that older records do not know; left out of the settings where they ask for nothing."""
 
 
@@ -31,7 +31,9 @@ class Suite:
     has its own. protocol, window: how that text is cut and counted (see `effbench.protocols`). num_fewshot,
     apply_chat_template, task_data: how tasks are asked, and a folder with their items (see `effbench.measure.tasks`).
     limit: at most so many items of each task and windows of text. batch, prompt_tokens, new_tokens, rounds: what is
-    timed, and how often. timeout_seconds: for each step of one row.
+    timed, and how often. conditions: further batches and prompts that are timed, as "8x512". dense_runs: processes of
+    the dense model that are timed against the dense worker, to see how far times stray. timeout_seconds: for each
+    step of one row.
     """
 
     name: str = "custom"
@@ -53,13 +55,15 @@ class Suite:
     prompt_tokens: int = 128
     new_tokens: int = 48
     rounds: int = 8
+    conditions: tuple[str, ...] = ()
+    dense_runs: int = 6
     timeout_seconds: int = 1800
     seed: int = 0
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("limit", "threads", "batch", "prompt_tokens", "rounds", "timeout_seconds"):
+        for name in ("limit", "threads", "batch", "prompt_tokens", "rounds", "dense_runs", "timeout_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
@@ -70,8 +74,25 @@ class Suite:
         protocols.check(self.protocol, self.window)
         if self.protocol != protocols.DOCUMENT and self.text is None:
             raise UsageError(f"the protocol {self.protocol} needs a text to cut: give one with --text FILE")
+        _ = self.timed
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device must be auto, cpu or cuda, got {self.device!r}")
+
+    @property
+    def timed(self) -> dict[str, tuple[int, int]]:
+        """The batch and the prompt's tokens of each further condition.
+
+        Raises `UsageError` for one that is not written so.
+        """
+        found = {}
+        for condition in self.conditions:
+            batch, _, tokens = condition.partition("x")
+            if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+                raise UsageError(
+                    f"a condition is written BATCHxTOKENS, as 8x512 for 8 prompts of 512; got {condition!r}"
+                )
+            found[condition] = (int(batch), int(tokens))
+        return found
 
     @property
     def rows_at_once(self) -> int:
@@ -97,6 +118,8 @@ class Suite:
             if content[name] == getattr(Suite, name):
                 del content[name]
         content["tasks"] = list(self.tasks)
+        if self.conditions:
+            content["conditions"] = list(self.conditions)
         return content
 
 
@@ -149,7 +172,7 @@ def load(name_or_path: str, **changes: Any) -> Suite:
         if key not in known:
             hint = suggest(key, list(known))
             raise UsageError(f"{path} has an unknown field {key!r}{hint}; known: {', '.join(known)}")
-        if key in ("techniques", "tasks"):
+        if key in ("techniques", "tasks", "conditions"):
             if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
                 raise UsageError(f"{path}: {key} must be a list of strings, got {value!r}")
             content[key] = tuple(value)

@@ -191,6 +191,44 @@ def test_a_threshold_out_of_range_is_refused() -> None:
     assert set(vars(DEFAULT)) == set(vars(Thresholds()))
 
 
+def test_times_of_another_machine_or_thread_count_are_not_subtracted_and_other_weights_not_at_all(
+    tmp_path: Path,
+) -> None:
+    def slower(row: Record) -> Record:
+        if row.pipeline == "rtn:bits=4":
+            row.samples["decode_seconds"] = [1.8 * value for value in row.samples["decode_seconds"]]
+        return row
+
+    def elsewhere(row: Record) -> Record:
+        row.provenance["machine"] = {"cpu": "B Processor", "cores": 2}
+        return slower(row)
+
+    def threaded(row: Record) -> Record:
+        row.settings["threads"] = 8
+        return slower(row)
+
+    def dirty(row: Record) -> Record:
+        row.provenance["dirty"] = True
+        return row
+
+    def hashed(row: Record, digest: str) -> Record:
+        row.provenance["model_hash"] = digest
+        return row
+
+    old = write(tmp_path / "old", change=None)
+    assert any(finding.is_regression for finding in compare(old, write(tmp_path / "slow", change=slower)))
+    for name, change, said in (
+        ("elsewhere", elsewhere, "another machine (cpu B Processor)"),
+        ("threaded", threaded, "8 threads, and the other with 2"),
+        ("dirty", dirty, "checkout with changes"),
+    ):
+        (found,) = compare(old, write(tmp_path / name, change=change))
+        assert said in found.sentence and not found.is_regression
+    first = write(tmp_path / "first", change=lambda row: hashed(row, "one"))
+    with pytest.raises(RecordError, match="other weights"):
+        compare(first, write(tmp_path / "second", change=lambda row: hashed(row, "another")))
+
+
 def test_every_exact_column_that_can_get_worse_is_watched() -> None:
     from effbench import compare as module
 

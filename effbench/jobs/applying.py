@@ -18,6 +18,8 @@ from effbench.jobs import sharing
 from effbench.jobs.row import Job, data_for, source_for
 from effbench.measure import memory
 from effbench.measure.counters import meter
+from effbench.measure.overlap import Overlap
+from effbench.measure.promise import nominal
 from effbench.results import Record
 from effbench.technique import System, Technique
 from effbench.toolbox.experts import ExpertList, expert_slices
@@ -67,6 +69,9 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     _check_weights(job, dense)
     before, others = Before(dense), memory.others(dense)
     data = data_for(job.suite, dense)
+    scored = sharing.windows(job.out)
+    overlap = Overlap(scored.ids) if scored else None
+    data.watch = overlap.meet if overlap else None
     energy = meter(job.suite.device)
     memory.reset_peak()
     energy.start()
@@ -102,12 +107,22 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
     modules = [module for part in (result.model, *result.parts.values()) for module in part.modules()]
     for kind in ("simulated", "unpacked"):
         record.provenance[kind] = remarks(modules, kind)
+    record.values |= nominal(techniques)
+    _record_overlap(record, overlap)
     if not foreign:
         store.save(result, job.system_folder, pipeline)
     saved = None if foreign else memory.folder_bytes(job.system_folder)
     record.put("saved_bytes", saved, f"{foreign}, so it cannot be saved")
     record.measured["apply"] = record.cost["seconds"] or 0.0
     results.save(record, job.out)
+
+
+def _record_overlap(record: Record, overlap: Overlap | None) -> None:
+    """How much of the evaluated text was read."""
+    record.put("overlap", overlap.share if overlap else None, "no text was given (--text FILE)")
+    if overlap and overlap.share:
+        read = overlap.tokens_read
+        record.samples["overlap"] = [sum(tokens > 0 for tokens in read), len(read)]
 
 
 def _foreign(dense: System) -> str:

@@ -23,7 +23,7 @@ class Job:
     """One job for one row."""
 
     def __init__(self, out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
-        suite["techniques"], suite["tasks"] = tuple(suite["techniques"]), tuple(suite["tasks"])
+        suite |= {name: tuple(suite[name]) for name in ("techniques", "tasks", "conditions")}
         self.suite, self.out, self.pipeline = Suite(**suite), Path(out), pipeline
         self.system_folder = Path(system)
         fresh = Record(self.suite.name, self.suite.model, pipeline, self.suite.seed, self.suite.settings)

@@ -147,15 +147,16 @@ def _score_tasks(job: Job, system: System) -> None:
 def _fill_cache(job: Job, system: System) -> None:
     """Bytes that the caches of the model and of its parts hold once they are full, for each token fed."""
     ids = sharing.prompts(job.out, system.device)[0][:1]
-    held = 0
+    held = []
     for model, cache in [
         (system.model, system.new_cache()),
         *((part, CachePolicy(part.config)()) for part in system.parts.values()),
     ]:
         for start in range(0, ids.shape[1], 64):
             forward(model, ids[:, start : start + 64], cache, start)
-        held += memory.cache_bytes(cache)
-    job.record.put("cache_bytes_per_token", held / ids.shape[1])
-    job.record.put("cache_bytes", held)
-    job.record.put("held_bytes", held + memory.stored_bytes(system))
+        held.append(memory.cache_bytes(cache))
+    job.record.put("cache_bytes_per_token", sum(held) / ids.shape[1])
+    job.record.put("cache_bytes", sum(held))
+    job.record.put("held_bytes", sum(held) + memory.stored_bytes(system))
+    job.record.samples["cache_bytes"] = list(map(float, held))  # the model's own first
     job.record.samples["cache_tokens"] = [ids.shape[1]]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,11 @@ def write(out: Path, suite: Suite, dense: System, source: Source | None) -> str:
     windows = source.evaluation(length, suite.limit) if source else None
     if windows:
         windows.save(shared / "windows.npz")
+    for condition, (batch, tokens) in suite.timed.items():
+        asked = replace(suite, batch=batch, prompt_tokens=tokens)
+        np.save(
+            shared / f"prompts-{condition}.npy", _prompts(asked, windows, dense.context, dense.config.vocab_size)[0]
+        )
     prompts, origin = _prompts(suite, windows, dense.context, dense.config.vocab_size)
     beside = shared / "prompts.partial.npy"
     np.save(beside, prompts)
@@ -70,9 +76,10 @@ def questions(out: Path, suite: Suite, system: System) -> Questions:
     return Questions.joined(parts)
 
 
-def prompts(out: Path, device: torch.device) -> list[Tensor]:
-    """A prompt (batch, prompt + new tokens) for warming up and one for each round."""
-    return list(torch.from_numpy(np.load(folder(out) / "prompts.npy")).to(device))
+def prompts(out: Path, device: torch.device, condition: str = "") -> list[Tensor]:
+    """A prompt (batch, prompt + new tokens) for warming up and one for each round, under one condition."""
+    name = f"prompts-{condition}.npy" if condition else "prompts.npy"
+    return list(torch.from_numpy(np.load(folder(out) / name)).to(device))
 
 
 def _prompts(suite: Suite, windows: Windows | None, context: int, vocabulary: int) -> tuple[np.ndarray, str]:

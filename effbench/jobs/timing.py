@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from effbench import results
 from effbench.errors import EffbenchError, UnfitError
-from effbench.jobs import sharing
+from effbench.jobs import rounds, sharing
 from effbench.jobs.row import Job
-from effbench.measure import energy, limits, memory, roofline
+from effbench.measure import disturbance, energy, limits, memory, roofline
 from effbench.measure.counters import meter
 from effbench.measure.speed import one_round
-from effbench.results import Record
 from effbench.technique import System
 
 
 def speed(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: str) -> None:
-    """Memory of the system in a process of its own, then its time in rounds interleaved with the dense worker's."""
+    """Memory of the system in a process of its own, then its time in rounds interleaved with the dense worker's.
+
+    Without a `socket` there is no room for the dense worker, and no time.
+    """
     job = Job(out, suite, pipeline, system)
+    rounds.share_cores(torch.get_num_threads())
     before = memory.resident_bytes()
     memory.reset_peak()
     loaded = job.load()
-    job.measure("speed", lambda: _time(job, loaded, before, Path(socket)))
+    job.measure("speed", lambda: _time(job, loaded, before, Path(socket) if socket else None))
 
 
-COLUMNS = (
+TIMES = (
     "prefill_seconds",
     "decode_seconds_per_token",
     "tokens_per_pass",
@@ -38,6 +40,9 @@ COLUMNS = (
     *roofline.WORK,
     "idealized_seconds",
     *energy.COLUMNS,
+)
+COLUMNS = (
+    *TIMES,
     "peak_bytes",
     "peak_growth_bytes",
     "peak_device_bytes",
@@ -46,7 +51,7 @@ COLUMNS = (
 )
 
 
-def _time(job: Job, system: System, before: int, socket: Path) -> None:
+def _time(job: Job, system: System, before: int, socket: Path | None) -> None:
     record, suite = job.record, job.suite
     given = _prompts(job, system)
     try:
@@ -67,18 +72,21 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
         raise EffbenchError(
             f"stores {stored:,} bytes after a forward pass, and {record.values['stored_bytes']:,.0f} when it was saved"
         )
-    ours, theirs = [], []
-    new = passes = proposed = accepted = 0
+    if socket is None:
+        for name in TIMES:
+            record.put(name, None, "the dense model and this one do not fit into memory together")
+        return
+    before_rounds = disturbance.conditions()
     with Client(str(socket), family="AF_UNIX") as dense:
-        for number, prompt in enumerate(given[1:]):
-            dense.send_bytes(json.dumps(number + 1).encode())
-            theirs.append(json.loads(dense.recv_bytes()))
-            prefill, decode, generation = one_round(system, prompt, suite.new_tokens)
-            ours.append((prefill, decode))
-            new += generation.ids.shape[1] - prompt.shape[1]
-            passes, proposed = passes + generation.passes, proposed + generation.proposed
-            accepted += generation.accepted
-    _put_times(record, ours, theirs)
+        done = rounds.rounds(system, given, suite.new_tokens, dense)
+        rounds.put(record, done)
+        for condition in suite.conditions:
+            _time_condition(job, system, dense, condition)
+    record.provenance["timing"] = rounds.surroundings(before_rounds)
+    made = [one.generation for one in done]
+    new, passes = sum(one.ids.shape[1] for one in made), sum(one.passes for one in made)
+    proposed, accepted = sum(one.proposed for one in made), sum(one.accepted for one in made)
+    new -= sum(prompt.shape[1] for prompt in given[1:])
     record.put("tokens_per_pass", new / (passes + len(given) - 1))
     record.put("acceptance_rate", accepted / proposed if proposed else None, "nothing is drafted")
     threads = torch.get_num_threads()
@@ -86,45 +94,49 @@ def _time(job: Job, system: System, before: int, socket: Path) -> None:
     energy.measure(record, system, given[1], suite.new_tokens, meter(suite.device))
 
 
-def _put_times(record: Record, ours: list[tuple[float, float]], theirs: list[list[float]]) -> None:
-    """Seconds of this row and of dense, round by round.
-
-    A round in which noise swallowed the time of the new tokens has none; where half of the rounds are so, there is
-    no figure.
-    """
-    rounds = [(mine, other) for mine, other in zip(ours, theirs, strict=True) if mine[1] > 0 and other[1] > 0]
-    record.samples["prefill_seconds"] = [mine[0] for mine in ours]
-    record.samples["dense_prefill_seconds"] = [other[0] for other in theirs]
-    record.put("prefill_seconds", float(np.median([mine[0] for mine in ours])))
-    if 2 * len(rounds) <= len(ours):
-        why = "the new tokens take too little time beside their prompt; use more --new-tokens or fewer --prompt-tokens"
-        record.put("decode_seconds_per_token", None, why)
+def _time_condition(job: Job, system: System, dense: Connection, condition: str) -> None:
+    """The same rounds under one of the suite's further conditions."""
+    try:
+        done = rounds.rounds(system, _prompts(job, system, condition), job.suite.new_tokens, dense, condition)
+    except UnfitError as reason:
+        for name in ("prefill_seconds", "decode_seconds_per_token"):
+            job.record.put(f"{name}/{condition}", None, str(reason))
         return
-    record.samples["decode_seconds"] = [mine[1] for mine, _ in rounds]
-    record.samples["dense_decode_seconds"] = [other[1] for _, other in rounds]
-    record.put("decode_seconds_per_token", float(np.median(record.samples["decode_seconds"])))
+    rounds.put(job.record, done, condition)
 
 
-def _prompts(job: Job, system: System) -> list[Tensor]:
+def _prompts(job: Job, system: System, condition: str = "") -> list[Tensor]:
     """The run's prompts, cut so that the new tokens fit behind them."""
-    given = sharing.prompts(job.out, system.device)
+    given = sharing.prompts(job.out, system.device, condition)
     length = max(1, given[0].shape[1] - job.suite.new_tokens)
     return [prompt[:, :length] for prompt in given]
+
+
+def stray(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: str) -> None:
+    """A fresh process of the dense model beside the dense worker: how far it strays from it for no reason at all."""
+    job = Job(out, suite, pipeline, system)
+    rounds.share_cores(torch.get_num_threads())
+    dense = job.load()
+    with Client(socket, family="AF_UNIX") as worker:
+        for condition in ("", *job.suite.conditions):
+            done = rounds.rounds(dense, _prompts(job, dense, condition), job.suite.new_tokens, worker, condition)
+            for name, value in zip(("prefill_seconds", "decode_seconds"), rounds.log_ratios(done), strict=True):
+                part = f"/{condition}" if condition else ""
+                job.record.samples.setdefault(f"strays/{name}{part}", []).append(round(value, 6))
+    results.save(job.record, job.out)
 
 
 def serve(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: str) -> None:
     """The dense worker: one round of plain decoding for each request, on the prompts that the candidate uses."""
     job = Job(out, suite, pipeline, system)
+    rounds.share_cores(torch.get_num_threads())
     dense = job.load()
-    given = _prompts(job, dense)
-    one_round(dense, given[0], job.suite.new_tokens)
+    given = {condition: _prompts(job, dense, condition) for condition in ("", *job.suite.conditions)}
+    one_round(dense, given[""][0], job.suite.new_tokens)
     with Listener(socket, family="AF_UNIX") as listener:
         while True:
             with listener.accept() as candidate:
                 try:
-                    while True:
-                        number = json.loads(candidate.recv_bytes())
-                        prefill, decode, _ = one_round(dense, given[number], job.suite.new_tokens)
-                        candidate.send_bytes(json.dumps([prefill, decode]).encode())
+                    rounds.answer(dense, given, job.suite.new_tokens, candidate)
                 except (EOFError, ConnectionError):
                     continue

@@ -65,9 +65,11 @@ def _judge(row: Row, name: str, p: float, tests: int, dense: Record | None) -> N
     if not p < LEVEL and row.values[name] != nothing:
         same = [f"{other}{slash}{part}" for other in SAME.get(column, ())]
         row.within_noise |= {name, *same}
-    seen = _seen(row, column, f"{slash}{part}", tests, dense)
+    seen, key = _seen(row, column, f"{slash}{part}", tests, dense), f"{column}_detectable{slash}{part}"
     if seen is not None:
-        row.values[f"{column}_detectable{slash}{part}"] = paired.finite(seen)
+        row.values[key] = paired.finite(seen)
+    elif column in SPEEDUPS:
+        row.values[key], row.missing[key] = None, "too few rounds or dense processes to tell"
 
 
 def _seen(row: Row, column: str, part: str, tests: int, dense: Record | None) -> float | None:

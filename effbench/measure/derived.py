@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from effbench.measure import paired, roofline
 from effbench.measure.claims import SPEEDUPS, claim
 from effbench.measure.comparable import incomparable
+from effbench.measure.disturbance import MOST
+from effbench.measure.promise import is_simulated
 from effbench.measure.statistics import mean_and_stderr, paired_difference
 from effbench.results import Record
-
-BITS = {"float32": 32.0, "fp32": 32.0}
-"""Bits of a dense weight in a run's dtype, where they are not 16."""
 
 
 @dataclass
@@ -56,7 +55,9 @@ def _question(record: Record) -> str:
 
 
 def _row(record: Record, dense: Record | None) -> Row:
-    row = Row(record, dict(record.values), dict(record.missing), _is_simulated(record))
+    row = Row(
+        record, dict(record.values), dict(record.missing), is_simulated(record, dense), warnings=_warnings(record)
+    )
     values, missing = row.values, row.missing
     for name, value in record.values.items():
         if value is not None and not math.isfinite(value):
@@ -75,6 +76,26 @@ def _row(record: Record, dense: Record | None) -> Row:
     if record.status == "ok" or record.samples:
         _against_dense(row, dense)
     return row
+
+
+def _warnings(record: Record) -> dict[str, str]:
+    """What has to be said before any figure of this row is believed."""
+    said = {}
+    share = record.values.get("overlap")
+    if share:
+        read, windows = record.samples["overlap"]
+        said["overlap"] = (
+            f"{100 * share:.2g} % of the evaluated tokens, in {read:.0f} of {windows:.0f} windows, were read while it "
+            "was applied; its quality is not that of unseen text"
+        )
+    shares = [value for name in record.samples if name.startswith("others_share") for value in record.samples[name]]
+    disturbed = [value for value in shares if value > MOST]
+    if disturbed:
+        said["disturbed"] = (
+            f"{len(disturbed)} of {len(shares)} timed rounds stayed disturbed when they were repeated: other work had "
+            f"up to {100 * max(disturbed):.0f} % of the processors"
+        )
+    return said
 
 
 def _accuracy_errors(record: Record, values: dict[str, float | None]) -> None:
@@ -141,19 +162,3 @@ def accuracy_differences(one: Record, other: Record) -> dict[str, tuple[float, f
         error = math.sqrt(sum(error**2 for _, error in found.values())) / len(found)
         found["accuracy"] = (mean, error)
     return found
-
-
-def _is_simulated(record: Record) -> bool:
-    """Whether it imitates what its options ask for, or the realised bits are nearer to those of the dense weights, or
-    to those that the pipeline would promise without one of its techniques, than to those that it promises."""
-    if record.provenance.get("simulated"):
-        return True
-    promised = record.values.get("promised_bits_per_weight")
-    dense_bits = BITS.get(str(record.settings.get("dtype")), 16.0)
-    realised = record.values.get("bits_per_weight")
-    if realised is None and record.values.get("compressed_share") == 0:
-        realised = dense_bits
-    if promised is None or realised is None:
-        return False
-    less = [dense_bits, *record.samples.get("promised_bits_without_one", [])]
-    return any(abs(realised - bits) < abs(realised - promised) for bits in less if bits > promised)

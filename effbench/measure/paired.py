@@ -105,7 +105,7 @@ def times(record: Record, dense: Record, name: str, samples: str, values: Values
         ends = found._replace(low=np.exp(found.low), high=np.exp(found.high))
     put_interval(values, missing, name, ends, "a single round has no spread")
     stderr, freedom = with_strays(found.stderr, len(record.samples[samples]) - 1, strays(dense, samples))
-    return {name: max(found.p, p_of_student(found.value, stderr, freedom))}
+    return {name: p_of_student(found.value, stderr, freedom)}
 
 
 def log_ratio(record: Record, samples: str) -> Estimate:

@@ -33,7 +33,7 @@ def row_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         line["protocol"] = label(record)
         line["energy_source"] = record.provenance.get("energy", {}).get("source", "none")
         line |= {name: values.get(name) for name in names}
-        line["simulated"] = row.simulated
+        line["simulated"], line["warnings"] = row.simulated, row.warnings
         line["missing"] = {name: why_missing(row, name) for name in names if line[name] is None}
         found.append(line)
     return found

@@ -84,14 +84,19 @@ def legend(table: Table) -> list[str]:
     if any("±" in cell.text for cell in cells):
         said.append("± one standard error (Δnats: per token, above dense, paired over the same windows)")
     if any("[" in cell.text for cell in cells):
-        said.append("[ ] 95 % interval over rounds interleaved with dense")
+        said.append("[ ] 95 % interval (of times: over rounds interleaved with dense)")
     if any(cell.within_noise for cell in cells):
-        said.append("~ not told apart from dense")
+        said.append("~ not told apart from dense (level 0.01 for all rows together)")
+    if {"quality_rank", "speed_rank"} & names and any("=" in cell.text for cell in cells):
+        said.append("= a rank that rows share")
     if "bits_per_weight" in names and any("(" in cell.text for cell in cells):
         said.append("( ) bits that the options promise")
     if any(line.row.simulated for line in table.lines):
-        said.append("simulated: the bytes stored do not keep what the options promise, or it is imitated as said below")
-    return (["; ".join(said)] if said else []) + _remarks(table)
+        said.append(
+            "simulated: the bytes stored do not keep what the options promise, or it is imitated as said below; "
+            "its speed is not ranked"
+        )
+    return (["; ".join(said)] if said else []) + _remarks(table) + _warnings([line.row for line in table.lines])
 
 
 def _remarks(table: Table) -> list[str]:
@@ -102,6 +107,15 @@ def _remarks(table: Table) -> list[str]:
             for reason in line.row.record.provenance.get(kind, []):
                 grouped.setdefault(reason, []).append(line.label)
     return [f"{', '.join(labels)}: {reason}" for reason, labels in grouped.items()]
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """What has to be said of single rows, those of whom the same is to be said together."""
+    grouped: dict[str, list[str]] = {}
+    for row in rows:
+        for word, sentence in row.warnings.items():
+            grouped.setdefault(f"{word}: {sentence}", []).append(row.record.pipeline)
+    return [f"{said} ({', '.join(labels)})" for said, labels in grouped.items()]
 
 
 def dashes(table: Table) -> list[str]:

@@ -25,11 +25,18 @@ def console(stream: Any) -> Console:
     return Console(file=stream, width=width, markup=False)
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """The rows as a table on standard output."""
+def print_table(rows: Sequence[Row], details: bool = False) -> None:
+    """The rows as a table on standard output, or as the tables of all details."""
     from effbench.report import terminal
+    from effbench.report.table import DETAILS
 
-    terminal.show(rows, console(sys.stdout))
+    out = console(sys.stdout)
+    if not details:
+        terminal.show(rows, out)
+    for name, views in DETAILS.items() if details else ():
+        out.print(f"{name}\n", highlight=False)
+        terminal.show(rows, out, views)
+        out.print()
 
 
 def print_json(content: Any) -> None:

@@ -55,11 +55,13 @@ VIEWS = (
     View("perplexity", 2),
     View("nll_difference", 0, error="nll_difference_stderr", signed=True),
     View("word_perplexity", 1, of="lm-eval"),
+    View("quality_rank", 8),
     View("accuracy", 3, error="accuracy_stderr"),
     View("kl_to_dense", 7),
     View("top1_agreement", 12),
     View("bits_per_byte", 14),
     View("decode_speedup", 1, interval=True),
+    View("speed_rank", 9),
     View("decode_seconds_per_token", 10),
     View("prefill_speedup", 13, interval=True),
     View("decode_roofline_share", 12),
@@ -75,6 +77,48 @@ VIEWS = (
     View("cost_seconds", 8),
     View("cost_tokens", 11),
 )
+DETAILS: dict[str, tuple[View, ...]] = {
+    "quality beside dense": (
+        View("nll_difference", 0, interval=True, signed=True),
+        View("nll_difference_p", 2),
+        View("nll_difference_detectable", 3),
+        View("quality_rank", 1),
+        View("accuracy_difference", 0, interval=True, signed=True),
+        View("accuracy_difference_p", 2),
+        View("accuracy_difference_detectable", 4),
+        View("flips_to_wrong", 1),
+        View("flips_to_right", 1),
+        View("kl_to_dense", 3, interval=True),
+        View("kl_to_dense_median", 6, interval=True),
+        View("kl_to_dense_p99", 5, interval=True),
+        View("top1_agreement", 4, interval=True),
+    ),
+    "speed beside dense": (
+        View("decode_speedup", 0, interval=True),
+        View("decode_speedup_p", 1),
+        View("decode_speedup_detectable", 1),
+        View("speed_rank", 1),
+        View("decode_seconds_per_token", 2),
+        View("prefill_speedup", 0, interval=True),
+        View("prefill_speedup_p", 2),
+        View("prefill_speedup_detectable", 2),
+        View("prefill_seconds", 3),
+    ),
+    "promise and reality": (
+        View("nominal_bits", 0),
+        View("nominal_sparsity", 0),
+        View("nominal_keep", 1),
+        View("nominal_rank", 1),
+        View("nominal_cache_bits", 1),
+        View("nominal_cache_tokens", 1),
+        View("bits_per_weight", 0, beside="promised_bits_per_weight"),
+        View("stored_bytes", 1),
+        View("cache_bytes_per_token", 1),
+        View("decode_speedup", 0, interval=True),
+        View("speed_rank", 1),
+    ),
+}
+"""The tables of `effbench show --details`."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +221,8 @@ class _Format:
         low, high = row.values.get(f"{view.name}_low"), row.values.get(f"{view.name}_high")
         if view.interval and low is not None and high is not None:
             text += f" [{self._number(low)}–{self._number(high)}]"
+        if view.name in row.tied:
+            text += "="
         beside = row.values.get(view.beside)
         if beside is not None:
             text += f" ({beside:.3g})"

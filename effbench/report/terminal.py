@@ -11,16 +11,16 @@ from rich.text import Text
 
 from effbench.measure.derived import Row
 from effbench.report import notes
-from effbench.report.table import Cell, Line, Table, build
+from effbench.report.table import VIEWS, Cell, Line, Table, View, build
 
 LABEL_WIDTH = 28
 """Pipelines longer than this are broken at a `+` or a comma."""
 SIMULATED = "simulated"
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table of these rows as wide as the console is."""
-    whole = build(rows)
+def show(rows: Sequence[Row], console: Console, views: Sequence[View] = VIEWS) -> None:
+    """Print the table of these rows as wide as the console is; of some views if they are given."""
+    whole = build(rows, views)
     labels = [_label(line) for line in whole.lines]
     first = max((len(part) for label in labels for part in label), default=0)
     table = _fit(whole, console.width - first)

@@ -1,0 +1,151 @@
+"""Rounds alternate, are watched, and are never silently kept when something disturbed them."""
+
+import threading
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_system
+
+from effbench import harness, results, schedule
+from effbench.errors import UsageError
+from effbench.jobs import rounds
+from effbench.measure import disturbance
+from effbench.measure.derived import rows as derive
+from effbench.measure.disturbance import Moment, others_share
+from effbench.results import Record
+from effbench.suite import Suite
+from effbench.worker import OUT_OF_MEMORY
+
+
+def test_what_others_use_of_the_processors_is_what_neither_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disturbance.psutil, "cpu_count", lambda: 4)
+    before = Moment(100.0, 5.0, 1000.0, 7)
+    alone = Moment(102.0, 6.0, 1002.0, 9)  # 1 s of its own and 1 s of the dense worker's in 2 s
+    assert others_share(before, alone, 1.0) == 0
+    beside = Moment(102.0, 6.0, 1004.0 + disturbance.TICK_SECONDS, 9)
+    assert others_share(before, beside, 1.0) == pytest.approx(2 / 8)
+
+
+def test_the_machine_tells_its_conditions_or_why_it_does_not() -> None:
+    said = rounds.surroundings(disturbance.conditions())
+    assert len(said["load"]) == 2
+    assert all(said[name][1] is not None or said["unknown"][name] for name in disturbance.UNKNOWN)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Rounds of a small system beside itself, whose shares of others are given."""
+    system = random_system("llama")
+    prompts = [torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+
+    def run(shares: list[float]) -> list[rounds.Round]:
+        given = iter(shares)
+        monkeypatch.setattr(disturbance, "others_share", lambda *_: next(given))
+        here, there = Pipe()
+
+        def serve() -> None:
+            with pytest.raises(EOFError):
+                rounds.answer(system, {"": prompts}, 4, there)
+
+        worker = threading.Thread(target=serve)
+        worker.start()
+        try:
+            return rounds.rounds(system, prompts, 4, here)
+        finally:
+            here.close()
+            worker.join()
+
+    yield run
+
+
+def test_a_disturbed_round_is_repeated_and_the_row_says_so_where_it_stays_disturbed(timed: Any) -> None:
+    assert [one.others_share for one in timed([0.0, 0.02, 0.1])] == [0.0, 0.02, 0.1]
+    assert [one.others_share for one in timed([0.0, 0.6, 0.1, 0.05])] == [0.0, 0.05, 0.1]
+    done = timed([0.0, 0.6, 0.9, 0.7, 0.5])
+    assert [one.others_share for one in done] == [0.0, 0.6, 0.5]
+    record = Record("s", "m", "rtn", 0, {}, "ok")
+    rounds.put(record, done)
+    said = derive([record])[0].warnings["disturbed"]
+    assert said.startswith("2 of 3 timed rounds stayed disturbed") and "60 %" in said
+    assert len(record.samples["prefill_seconds"]) == 3, "they are kept, and said to be what they are"
+
+
+def test_a_condition_that_is_not_one_is_refused() -> None:
+    assert Suite(conditions=("8x128", "1x512")).timed == {"8x128": (8, 128), "1x512": (1, 512)}
+    for wrong in ("8", "8x", "x8", "0x8", "8x8x8", "axb"):
+        with pytest.raises(UsageError, match="BATCHxTOKENS"):
+            Suite(conditions=(wrong,))
+
+
+def test_further_conditions_are_timed_and_dense_is_timed_against_itself(tmp_path: Path) -> None:
+    suite = Suite(
+        model="ref-70k",
+        techniques=("magnitude",),
+        tasks=("ref_copying",),
+        limit=4,
+        rounds=2,
+        new_tokens=24,
+        prompt_tokens=16,
+        conditions=("3x24",),
+        dense_runs=3,
+        device="cpu",
+        threads=1,
+    )
+    found = derive(results.load_all(harness.run(suite, tmp_path))[0])
+    for row in found:
+        assert row.record.status == "ok", row.record.reason
+        for name in ("prefill_speedup", "decode_speedup", "prefill_speedup/3x24", "decode_speedup/3x24"):
+            assert row.values[name], name
+    dense, magnitude = found
+    assert all(len(values) == 2 for name, values in dense.record.samples.items() if name.startswith("strays/"))
+    assert magnitude.values["decode_speedup_p/3x24"] is not None
+    assert "too few rounds" in magnitude.missing["decode_speedup_detectable"]
+    assert magnitude.simulated and magnitude.values["speed_rank"] is None and dense.values["speed_rank"] == 1
+    assert magnitude.record.provenance["timing"]["load"]
+
+
+def test_a_row_that_does_not_fit_beside_dense_is_measured_alone_and_has_no_times(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Memory:
+        """Workers of which dense and `big` do not fit together."""
+
+        def __init__(self) -> None:
+            self.started: dict[int, float] = {}
+            self.ended: list[tuple[int, int]] = []
+            self.jobs = 0
+
+        def submit(self, call: str, arguments: dict[str, Any], *, threads: int, log: Path) -> int:
+            self.jobs += 1
+            asked.append((f"{call.rpartition(':')[2]} {arguments['pipeline']}", arguments["socket"]))
+            if call.endswith("serve"):
+                Path(arguments["socket"]).touch()
+            else:
+                fits = arguments["pipeline"] != "big" or not arguments["socket"]
+                self.ended.append((self.jobs, 0 if fits else OUT_OF_MEMORY))
+            return self.jobs
+
+        def collect(self, timeout: float | None = None) -> tuple[int, int] | None:
+            return self.ended.pop() if self.ended else None
+
+        def cancel(self, job: int) -> None:
+            self.ended.append((job, -9))
+
+    suite = Suite(threads=1, dense_runs=1)
+    rows = [Record(suite.name, suite.model, name, 0, suite.settings) for name in ("dense", "big", "small")]
+    for row in rows:
+        row.measured = dict.fromkeys(("apply", "perplexity", "accuracy", "cache"), 1.0)
+        results.save(row, tmp_path)
+    work = schedule.Schedule(suite, tmp_path, tmp_path, rows, schedule.Silent())
+    work.workers = Memory()  # type: ignore[assignment]
+    work._speed(rows)
+    done = [f"{call}{'' if socket else ' alone'}" for call, socket in asked]
+    assert (
+        done
+        == ["serve dense", "speed dense", "speed big", "speed big alone", "serve dense", "speed small"][: len(done)]
+    )
+    assert len(done) == 6
