@@ -13,7 +13,7 @@ import typer
 
 from effbench import options as opt
 from effbench.errors import EffbenchError, UsageError
-from effbench.report.output import console, print_json, print_table
+from effbench.report.output import console, print_json, print_table, write_page
 
 WORDS: type[Exception] = typer.BadParameter.__bases__[0]
 """The root of what typer raises for words it cannot make sense of."""
@@ -123,10 +123,7 @@ def run(
     rows = derive(results.load_all(folder)[0])
     print_table(rows)
     print(f"\nrecords: {folder}  (effbench show {folder})")
-    if html and rows:
-        from effbench.report.page import write
-
-        write(rows, html)
+    write_page(rows, html)
     if rows[0].record.pipeline == "dense" and rows[0].record.status != "ok":
         raise EffbenchError(f"the dense model could not be measured: {rows[0].record.reason}")
 
@@ -203,10 +200,7 @@ def show(
         sys.stdout.write(markdown(rows))
     elif rows:
         print_table(rows, details)
-    if html and rows:
-        from effbench.report.page import write
-
-        write(rows, html)
+    write_page(rows, html)
     for error in errors:
         print(f"effbench: {error}", file=sys.stderr)
     if errors:

@@ -104,7 +104,7 @@ def exact(out: Path) -> dict[str, dict[str, object]]:
         values = {
             name: value for name, value in record.values.items() if (found := column(name)) is None or found.exact
         }
-        timed = ("others_share", "switches")
+        timed = ("others_share", "switches", "idealized_slope")
         samples = {name: v for name, v in record.samples.items() if not name.endswith("seconds") and name not in timed}
         content[record.pipeline] = {"status": record.status, "reason": record.reason, **values, **samples}
     return content

@@ -220,8 +220,8 @@ def test_a_saved_policy_gives_the_same_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
     [
-        ("gpt2", {}, "positions are not rotations"),
-        ("opt", {}, "positions are not rotations"),
+        ("gpt2", {}, "no rotation by which keys could be moved"),
+        ("opt", {}, "no rotation by which keys could be moved"),
         ("mistral", {"sliding_window": 9}, "sliding window of 9 tokens already"),
         ("llama", {"max_position_embeddings": 12}, "nothing would be evicted"),
         (

@@ -22,7 +22,7 @@ LAYERS = [
         "results",
     },
     {"worker", "jobs", "schedule", "harness", "report", "compare", "contract", "coverage", "evidence"},
-    {"cli", "lm_eval_model", "options"},
+    {"cli", "lm_eval_model", "noise", "options"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

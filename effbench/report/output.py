@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from effbench.measure.derived import Row
@@ -19,6 +21,7 @@ WIDTH = 140
 
 def console(stream: Any) -> Console:
     """A console on a stream."""
+
     from rich.console import Console
 
     width = None if stream.isatty() else int(os.environ.get("COLUMNS") or WIDTH)
@@ -42,3 +45,11 @@ def print_table(rows: Sequence[Row], details: bool = False) -> None:
 def print_json(content: Any) -> None:
     """JSON on standard output."""
     print(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def write_page(rows: Sequence[Row], path: Path | None) -> None:
+    """Write the HTML page, if one was asked for and there are rows."""
+    if path and rows:
+        from effbench.report.page import write
+
+        write(rows, path)
