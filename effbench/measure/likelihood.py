@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from effbench.measure.encoding import Choices
 from effbench.measure.prefixes import Row, fitting, lay_out
 from effbench.measure.quality import scored_through_cache, window_logits
 from effbench.technique import System
+from effbench.toolbox.decoding import takes
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens in a batch. More do not make a CPU faster; a GPU with too little memory is given half, and half again."""
@@ -220,7 +220,7 @@ def takes_trees(system: System) -> bool:
     own mask. How far two ways of running the same sequence lie apart is measured with it, and allowed.
     """
     model, config = system.model, system.config.get_text_config(decoder=True)
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes(model, "position_ids"):
         return False
     if getattr(model.config, "_attn_implementation", "") not in ("eager", "sdpa"):
         return False

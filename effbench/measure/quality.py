@@ -6,7 +6,6 @@ its cache, in chunks, with explicit positions: a plain pass would never touch it
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from effbench.data import Windows
 from effbench.technique import CachePolicy, System
-from effbench.toolbox.decoding import forward
+from effbench.toolbox.decoding import forward, takes
 
 CHUNK = 64
 """Tokens fed at once when scoring through a cache."""
@@ -101,7 +100,7 @@ def window_logits(
     ids = ids.to(system.device)
     if not through_cache:
         # a model that cannot leave logits out gives all of them
-        able = keep is not None and "logits_to_keep" in inspect.signature(system.model.forward).parameters
+        able = keep is not None and takes(system.model, "logits_to_keep")
         options = {"logits_to_keep": keep} if able else {}
         logits: Tensor = system.model(input_ids=ids, use_cache=False, **options).logits
         return logits if keep is None else logits[:, -keep:]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def _pass(
     more: dict[str, Any] = {cache_argument(model): cache}
     if mask is not None:
         more["attention_mask"] = mask
-    if last and ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if last and ids.shape[1] > 1 and takes(model, "logits_to_keep"):
         # A prompt's other logits are never looked at, and over a large vocabulary they outweigh the model.
         more["logits_to_keep"] = 1
     output = model(input_ids=ids, position_ids=positions, use_cache=True, **more)
@@ -74,7 +75,19 @@ def _pass(
 
 def cache_argument(model: nn.Module) -> str:
     """What a model calls the cache that it is given: transformers 5.24 renamed it, and warns of the old name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name. Asked for every token, so a class is looked at once."""
+    function = getattr(model.forward, "__func__", None)
+    # what was put in a method's place may hold the model, and is not to be kept
+    return argument in (_arguments(function) if function else inspect.signature(model.forward).parameters)
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:

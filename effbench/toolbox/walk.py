@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.errors import UnfitError
 from effbench.toolbox.architectures import blocks, is_matrix, matrix_names
+from effbench.toolbox.decoding import takes
 from effbench.toolbox.experts import ExpertList, expert_slices, unfold
 from effbench.toolbox.inputs import Inputs
 
@@ -198,8 +198,7 @@ def _read(model: nn.Module, layers: nn.ModuleList, ids: Tensor, calls: list[list
         return hook
 
     # nobody reads the logits, which a large vocabulary makes larger than all else
-    able = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": 1} if able else {}
+    options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     try:
         for index, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(note(index), with_kwargs=True))
