@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/noise"))
     parser.add_argument("--model", default="ref-1m")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=Suite("noise", "").rounds)
     parser.add_argument("--seconds", type=float, default=220)
     asked = parser.parse_args()
     end = time.monotonic() + asked.seconds
@@ -191,7 +191,7 @@ def judge(line: dict[str, Any], timed: str) -> tuple[float, float, float]:
     record = Record("noise", "", "candidate", 0, samples=line["samples"])
     found = paired.log_ratio(record, timed)
     rounds = len(line["samples"][timed])
-    stderr, freedom = paired.with_strays(found.stderr, rounds - 1, line["strays"][timed])
+    stderr, freedom = paired.with_strays(found.stderr, rounds, line["strays"][timed])
     return found.value, p_of_student(found.value, stderr, freedom), detectable(stderr, freedom)
 
 

@@ -54,7 +54,7 @@ class Suite:
     batch: int = 1
     prompt_tokens: int = 128
     new_tokens: int = 48
-    rounds: int = 8
+    rounds: int = 16
     conditions: tuple[str, ...] = ()
     dense_runs: int = 6
     timeout_seconds: int = 1800

@@ -20,6 +20,7 @@ from torch import Tensor
 from effbench.measure import disturbance
 from effbench.measure.disturbance import Moment
 from effbench.measure.speed import one_round
+from effbench.measure.statistics import trimmed_mean
 from effbench.results import Record
 from effbench.technique import Generation, System
 
@@ -127,13 +128,13 @@ def put(record: Record, done: list[Round], condition: str = "") -> None:
 
 
 def log_ratios(done: list[Round]) -> tuple[float, float]:
-    """The mean logarithm of dense time over ours, of prefill and of decoding; rounds without a time are left out."""
+    """The logarithm of dense time over ours, of prefill and of decoding; rounds without a time are left out."""
     found = []
     for place in (0, 1):
         kept = [
             np.log(one.theirs[place] / one.ours[place]) for one in done if min(one.theirs[place], one.ours[place]) > 0
         ]
-        found.append(float(np.mean(kept)) if kept else 0.0)
+        found.append(float(trimmed_mean(kept)[0]) if kept else 0.0)
     return found[0], found[1]
 
 

@@ -86,7 +86,7 @@ def _seen(row: Row, column: str, part: str, tests: int, dense: Record | None) ->
     if column in SPEEDUPS and dense is not None:
         name = f"{SPEEDUPS[column][0]}{part}"
         found = paired.log_ratio(row.record, name)
-        error, freedom = paired.with_strays(found.stderr, len(samples[name]) - 1, paired.strays(dense, name))
+        error, freedom = paired.with_strays(found.stderr, len(samples[name]), paired.strays(dense, name))
         known = error >= 0 and freedom >= LEAST_FREEDOM
         return math.exp(detectable(error, freedom, tests)) if known else None
     return None
@@ -122,5 +122,5 @@ def _log_faster(one: Row, other: Row, dense: Record) -> tuple[float, float]:
     ours, theirs = (paired.log_ratio(row.record, "decode_seconds") for row in (one, other))
     count = min(len(row.record.samples["decode_seconds"]) for row in (one, other))
     strayed = [math.sqrt(2) * stray for stray in paired.strays(dense, "decode_seconds")]
-    error, freedom = paired.with_strays(float(np.hypot(ours.stderr, theirs.stderr)), count - 1, strayed)
+    error, freedom = paired.with_strays(float(np.hypot(ours.stderr, theirs.stderr)), count, strayed)
     return ours.value - theirs.value, p_of_student(ours.value - theirs.value, error, freedom)

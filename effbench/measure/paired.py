@@ -13,7 +13,7 @@ import numpy as np
 
 from effbench.measure import divergence
 from effbench.measure.significance import mcnemar
-from effbench.measure.statistics import Estimate, over_blocks, over_items, p_of_student
+from effbench.measure.statistics import Estimate, freedom_of_rounds, over_blocks, over_items, over_rounds, p_of_student
 from effbench.results import Record
 
 Values = dict[str, float | None]
@@ -94,7 +94,7 @@ def timed(record: Record, samples: str) -> list[str]:
 
 
 def times(record: Record, dense: Record, name: str, samples: str, values: Values, missing: dict[str, str]) -> Tests:
-    """Dense time over this row's, the geometric mean of rounds that alternate: what slows both cancels.
+    """Dense time over this row's, over rounds in turn: what slows both cancels, and what hits one is left out.
 
     The test of it adds how far fresh processes of the dense model stray from the dense worker: what a machine makes of
     nothing at all.
@@ -104,14 +104,14 @@ def times(record: Record, dense: Record, name: str, samples: str, values: Values
     with np.errstate(over="ignore"):  # of few rounds the upper end may be beyond any float
         ends = found._replace(low=np.exp(found.low), high=np.exp(found.high))
     put_interval(values, missing, name, ends, "a single round has no spread")
-    stderr, freedom = with_strays(found.stderr, len(record.samples[samples]) - 1, strays(dense, samples))
+    stderr, freedom = with_strays(found.stderr, len(record.samples[samples]), strays(dense, samples))
     return {name: p_of_student(found.value, stderr, freedom)}
 
 
 def log_ratio(record: Record, samples: str) -> Estimate:
     """The logarithm of dense time over this row's."""
     ours, theirs = (np.asarray(record.samples[name], float) for name in (samples, f"dense_{samples}"))
-    return over_blocks(np.log(theirs) - np.log(ours))
+    return over_rounds(np.log(theirs) - np.log(ours))
 
 
 def strays(dense: Record, samples: str) -> list[float]:
@@ -122,12 +122,13 @@ def strays(dense: Record, samples: str) -> list[float]:
     return found
 
 
-def with_strays(stderr: float, freedom: float, strayed: list[float]) -> tuple[float, float]:
-    """The error of a ratio of times with that of its process added, and its degrees of freedom.
+def with_strays(stderr: float, count: int, strayed: list[float]) -> tuple[float, float]:
+    """The error of a ratio of times over `count` rounds with that of its process added, and its degrees of freedom.
 
     The strays are known to lie about 0. Welch's degrees of freedom would be more, and too many where the strays happen
     to be small: with the fewer of the two a false claim is never likelier than its level.
     """
+    freedom = freedom_of_rounds(count)
     if not strayed or not stderr >= 0:
         return stderr, freedom
     return math.hypot(stderr, float(np.sqrt(np.mean(np.square(strayed))))), min(freedom, len(strayed))
