@@ -269,7 +269,7 @@ def _strays(dense: Record, samples: str) -> float:
     if not dense.samples.get(f"dense_{samples}"):
         return 0.0
     found = paired.log_ratio(dense, samples)
-    return max(map(abs, [*paired.strays(dense, samples), *(e for e in (found.low, found.high) if math.isfinite(e))]))
+    return max(map(abs, [*paired.strays(dense, samples)[0], *(e for e in (found.low, found.high) if math.isfinite(e))]))
 
 
 def _fastest(row: Row, samples: str) -> float:

@@ -1,6 +1,6 @@
 """Dense against itself, many times: how often this machine's noise would be taken for a difference, and what is found.
 
-    python -m effbench.noise --out results/noise [--runs 20] [--seconds 220]
+    python -m effbench.noise --out results/noise [--runs 20] [--seconds 220] [--loads quiet]
 
 Each run is what a table of one row is: a dense worker, fresh processes of the dense model as the noise floor, and a
 candidate, all timed by `effbench.jobs.rounds` and judged by `effbench.measure.paired`. The candidate is the dense model
@@ -77,10 +77,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=Suite("noise", "").rounds)
     parser.add_argument("--seconds", type=float, default=220)
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS)
     asked = parser.parse_args()
     end = time.monotonic() + asked.seconds
     suite = harness.resolve(
-        Suite("noise", asked.model, threads=1, rounds=asked.rounds, tasks=("ref_copying",), limit=8, new_tokens=32)
+        Suite("noise", asked.model, threads=1, rounds=asked.rounds, tasks=("ref_copying",), limit=8)
     )
     path = asked.out / "runs.jsonl"
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def main() -> None:
         runs = _Runs(suite, Path(scratch))
         try:
             for number in range(asked.runs):
-                for load in LOADS:
+                for load in asked.loads:
                     if time.monotonic() < end and not _is_done(path, number, load):
                         made = [{"run": number, "load": load, **line} for line in runs.one(load == "loaded")]
                         with path.open("a", encoding="utf-8") as file:
@@ -154,7 +155,8 @@ class _Runs:
             if loaded:
                 busy.kill()
                 busy.join()
-        strays = {name: results.load(record_path).samples[f"strays/{name}"] for name in TIMED}
+        floor = results.load(record_path).samples
+        strays = {name: [floor[f"strays/{name}"], floor[f"strays_stderr/{name}"]] for name in TIMED}
         return [
             {
                 "case": case,
@@ -191,7 +193,7 @@ def judge(line: dict[str, Any], timed: str) -> tuple[float, float, float]:
     record = Record("noise", "", "candidate", 0, samples=line["samples"])
     found = paired.log_ratio(record, timed)
     rounds = len(line["samples"][timed])
-    stderr, freedom = paired.with_strays(found.stderr, rounds, line["strays"][timed])
+    stderr, freedom = paired.with_strays(found.stderr, rounds, *paired.between(*line["strays"][timed]))
     return found.value, p_of_student(found.value, stderr, freedom), detectable(stderr, freedom)
 
 

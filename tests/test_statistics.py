@@ -111,16 +111,18 @@ def test_the_quantiles_of_a_record_are_those_of_its_tokens() -> None:
 
 
 @pytest.mark.parametrize(("between", "within"), [(0.0, 0.02), (0.01, 0.01), (0.03, 0.005), (0.02, 0.1)])
+@pytest.mark.parametrize("count", [8, 16])
 def test_dense_against_itself_is_claimed_to_differ_no_oftener_than_the_level_says(
-    between: float, within: float
+    between: float, within: float, count: int
 ) -> None:
     """`between` processes and `within` their rounds; the strays of the floor are of six other processes."""
     rng = np.random.default_rng(6)
-    rounds = rng.normal(0, between, (SETS, 7, 1)) + rng.normal(0, within * np.sqrt(2), (SETS, 7, 8))
+    rounds = rng.normal(0, between, (SETS, 7, 1)) + rng.normal(0, within * np.sqrt(2), (SETS, 7, count))
     values, errors = trimmed_mean(rounds)
     claims = 0
-    for value, stderr, strays in zip(values[:, 0], errors[:, 0], values[:, 1:], strict=True):
-        claims += p_of_student(value, *paired.with_strays(stderr, 8, list(strays))) < LEVEL
+    for value, error in zip(values, errors, strict=True):
+        apart = paired.between(list(value[1:]), list(error[1:]))
+        claims += p_of_student(value[0], *paired.with_strays(error[0], count, *apart)) < LEVEL
     assert claims / SETS <= LEVEL + 3 * np.sqrt(LEVEL / SETS)
 
 

@@ -8,6 +8,7 @@ again, as many as there are rounds; those that stay disturbed are kept and count
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -127,15 +128,17 @@ def put(record: Record, done: list[Round], condition: str = "") -> None:
     record.samples[f"switches{part}"] = [one.switches for one in done]
 
 
-def log_ratios(done: list[Round]) -> tuple[float, float]:
-    """The logarithm of dense time over ours, of prefill and of decoding; rounds without a time are left out."""
+def log_ratios(done: list[Round]) -> list[tuple[float, float]]:
+    """The logarithm of dense time over ours, and its error: of prefill, and of decoding.
+
+    Rounds without a time are left out.
+    """
     found = []
     for place in (0, 1):
-        kept = [
-            np.log(one.theirs[place] / one.ours[place]) for one in done if min(one.theirs[place], one.ours[place]) > 0
-        ]
-        found.append(float(trimmed_mean(kept)[0]) if kept else 0.0)
-    return found[0], found[1]
+        both = [(one.theirs[place], one.ours[place]) for one in done if min(one.theirs[place], one.ours[place]) > 0]
+        value, error = trimmed_mean([math.log(theirs / ours) for theirs, ours in both]) if both else (0.0, 0.0)
+        found.append((float(value), float(error)))
+    return found
 
 
 def surroundings(before: dict[str, Any]) -> dict[str, Any]:

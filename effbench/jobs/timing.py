@@ -120,9 +120,10 @@ def stray(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: s
     with Client(socket, family="AF_UNIX") as worker:
         for condition in ("", *job.suite.conditions):
             done = rounds.rounds(dense, _prompts(job, dense, condition), job.suite.new_tokens, worker, condition)
-            for name, value in zip(("prefill_seconds", "decode_seconds"), rounds.log_ratios(done), strict=True):
-                part = f"/{condition}" if condition else ""
-                job.record.samples.setdefault(f"strays/{name}{part}", []).append(round(value, 6))
+            part = f"/{condition}" if condition else ""
+            for name, found in zip(("prefill_seconds", "decode_seconds"), rounds.log_ratios(done), strict=True):
+                for kept, figure in zip(("strays", "strays_stderr"), found, strict=True):
+                    job.record.samples.setdefault(f"{kept}/{name}{part}", []).append(round(figure, 6))
     results.save(job.record, job.out)
 
 

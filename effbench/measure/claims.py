@@ -86,7 +86,9 @@ def _seen(row: Row, column: str, part: str, tests: int, dense: Record | None) ->
     if column in SPEEDUPS and dense is not None:
         name = f"{SPEEDUPS[column][0]}{part}"
         found = paired.log_ratio(row.record, name)
-        error, freedom = paired.with_strays(found.stderr, len(samples[name]), paired.strays(dense, name))
+        error, freedom = paired.with_strays(
+            found.stderr, len(samples[name]), *paired.between(*paired.strays(dense, name))
+        )
         known = error >= 0 and freedom >= LEAST_FREEDOM
         return math.exp(detectable(error, freedom, tests)) if known else None
     return None
@@ -121,6 +123,7 @@ def _log_faster(one: Row, other: Row, dense: Record) -> tuple[float, float]:
     """How much faster one row decodes, by their ratios to the same dense worker; each is a process of its own."""
     ours, theirs = (paired.log_ratio(row.record, "decode_seconds") for row in (one, other))
     count = min(len(row.record.samples["decode_seconds"]) for row in (one, other))
-    strayed = [math.sqrt(2) * stray for stray in paired.strays(dense, "decode_seconds")]
-    error, freedom = paired.with_strays(float(np.hypot(ours.stderr, theirs.stderr)), count, strayed)
+    apart, processes = paired.between(*paired.strays(dense, "decode_seconds"))
+    stderr = float(np.hypot(ours.stderr, theirs.stderr))
+    error, freedom = paired.with_strays(stderr, count, math.sqrt(2) * apart, processes)
     return ours.value - theirs.value, p_of_student(ours.value - theirs.value, error, freedom)

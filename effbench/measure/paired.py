@@ -104,7 +104,7 @@ def times(record: Record, dense: Record, name: str, samples: str, values: Values
     with np.errstate(over="ignore"):  # of few rounds the upper end may be beyond any float
         ends = found._replace(low=np.exp(found.low), high=np.exp(found.high))
     put_interval(values, missing, name, ends, "a single round has no spread")
-    stderr, freedom = with_strays(found.stderr, len(record.samples[samples]), strays(dense, samples))
+    stderr, freedom = with_strays(found.stderr, len(record.samples[samples]), *between(*strays(dense, samples)))
     return {name: p_of_student(found.value, stderr, freedom)}
 
 
@@ -114,21 +114,34 @@ def log_ratio(record: Record, samples: str) -> Estimate:
     return over_rounds(np.log(theirs) - np.log(ours))
 
 
-def strays(dense: Record, samples: str) -> list[float]:
-    """The logarithm of the dense worker's time over that of each fresh process of the dense model."""
-    found = list(dense.samples.get(f"strays/{samples}", []))
+def strays(dense: Record, samples: str) -> tuple[list[float], list[float]]:
+    """The logarithm of the dense worker's time over that of each fresh process of the dense model, and its error."""
+    values = list(dense.samples.get(f"strays/{samples}", []))
+    errors = list(dense.samples.get(f"strays_stderr/{samples}", [0.0] * len(values)))
     if dense.samples.get(f"dense_{samples}"):
-        found.append(log_ratio(dense, samples).value)
-    return found
+        own = log_ratio(dense, samples)
+        values, errors = [*values, own.value], [*errors, own.stderr]
+    return values, errors
 
 
-def with_strays(stderr: float, count: int, strayed: list[float]) -> tuple[float, float]:
+def between(values: list[float], errors: list[float]) -> tuple[float, int]:
+    """How far processes of one model lie apart beyond what their rounds' errors explain, and how many there were.
+
+    The strays are known to lie about 0, so that their mean square, less that of their errors, is the variance.
+    """
+    if not values:
+        return 0.0, 0
+    variance = np.mean(np.square(values)) - np.mean(np.square(np.nan_to_num(errors)))
+    return math.sqrt(max(0.0, float(variance))), len(values)
+
+
+def with_strays(stderr: float, count: int, apart: float, processes: int) -> tuple[float, float]:
     """The error of a ratio of times over `count` rounds with that of its process added, and its degrees of freedom.
 
-    The strays are known to lie about 0. Welch's degrees of freedom would be more, and too many where the strays happen
-    to be small: with the fewer of the two a false claim is never likelier than its level.
+    Welch's degrees of freedom would be more, and too many where the strays happen to be small: with the fewer of the
+    two a false claim is never likelier than its level.
     """
     freedom = freedom_of_rounds(count)
-    if not strayed or not stderr >= 0:
+    if not processes or not stderr >= 0:
         return stderr, freedom
-    return math.hypot(stderr, float(np.sqrt(np.mean(np.square(strayed))))), min(freedom, len(strayed))
+    return math.hypot(stderr, apart), min(freedom, processes)
