@@ -102,6 +102,29 @@ def test_a_promise_that_the_bytes_do_not_keep_is_called_simulated(
     assert rows([row])[0].simulated is expected
 
 
+@pytest.mark.parametrize(
+    ("held", "bits", "tokens", "expected"),
+    [
+        (100.0, 4, None, True),  # codes kept beside, or in place of nothing
+        (30.0, 4, None, False),
+        (64.0, 4, None, True),
+        (100.0, None, 64, True),  # evicted from attention, not from memory
+        (26.0, None, 64, False),
+        (100.0, None, 512, False),  # more than there is promises nothing
+        (26.0, 8, 64, False),  # nearer to an eighth than to all
+        (60.0, 8, 64, True),
+    ],
+)
+def test_a_cache_that_is_not_as_small_as_promised_is_called_simulated(
+    held: float, bits: float | None, tokens: float | None, expected: bool
+) -> None:
+    dense, row = record("dense"), record("any")
+    dense.values["cache_bytes_per_token"] = 100.0
+    row.values |= {"nominal_cache_bits": bits, "nominal_cache_tokens": tokens}
+    row.samples |= {"cache_tokens": [256.0], "cache_bytes": [256 * held]}
+    assert rows([dense, row])[1].simulated is expected
+
+
 def test_a_row_of_another_text_is_not_compared_with_dense(found: list[Row]) -> None:
     other = record("rtn:bits=4", nats=0.03)
     other.provenance["data_hash"] = "another"

@@ -35,7 +35,7 @@ def falling(folder: Path) -> Table:
     for name in ("ref-1m", "ref-3m"):
         rows, verdicts = Rows.of(folder, name), list[bool]()
         for pipeline in DAMAGED:
-            frequent, rare = (rows.above(pipeline, kind=kind) for kind in (FREQUENT, RARE))
+            frequent, rare = (rows.above(pipeline, kinds=(kind,)) for kind in (FREQUENT, RARE))
             row, dense = rows.get(pipeline), rows.get("dense")
             if row is None or dense is None or frequent is None or rare is None:
                 lines.append(Line([name, f"`{pipeline}`", *[NOT_YET] * 4], claims=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,12 @@ class Rows:
         """What holds of rows some of which have no figures: nothing yet, or not at all where one has ended so."""
         return False if self.ended.intersection(pipelines) else None
 
-    def above(self, pipeline: str, other: str = "dense", kind: str = "") -> tuple[float, float] | None:
-        """Nats per token of one row above another and the paired standard error; of one kind of token, if given."""
+    def above(self, pipeline: str, other: str = "dense", kinds: Sequence[str] = ()) -> tuple[float, float] | None:
+        """Nats per token of one row above another and the paired standard error; of some kinds of token, if given."""
         one, two = self.get(pipeline), self.get(other)
         if one is None or two is None or not same_text(one, two):
             return None
-        return nats_difference(one, two, kind)
+        return nats_difference(one, two, *kinds)
 
 
 def _weights(record: Record) -> tuple[object, object]:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from effbench.measure import paired, roofline
 from effbench.measure.claims import SPEEDUPS, claim
 from effbench.measure.comparable import incomparable
@@ -140,10 +142,11 @@ def same_text(one: Record, other: Record) -> bool:
     )
 
 
-def nats_difference(one: Record, other: Record, kind: str = "") -> tuple[float, float]:
-    """Nats per token of `one` above `other` over the same windows, and its standard error."""
-    part = f"/{kind}" if kind else ""
-    return paired_difference(one.samples[f"nll{part}"], other.samples[f"nll{part}"], one.samples[f"tokens{part}"])
+def nats_difference(one: Record, other: Record, *kinds: str) -> tuple[float, float]:
+    """Nats per token of `one` above `other` over the same windows, and its standard error; of some kinds, if given."""
+    parts = [f"/{kind}" if kind else "" for kind in kinds or ("",)]
+    ours, theirs = (np.sum([record.samples[f"nll{part}"] for part in parts], 0) for record in (one, other))
+    return paired_difference(ours, theirs, np.sum([one.samples[f"tokens{part}"] for part in parts], 0))
 
 
 def accuracy_differences(one: Record, other: Record) -> dict[str, tuple[float, float]]:
