@@ -157,7 +157,7 @@ def test_eviction_holds_where_lookups_fall_and_text_stands_still(tmp_path: Path)
 
     dense = with_kinds(record("dense"), **kinds)
     assert verdict(0.01, 0.4) is True
-    assert verdict(0.03, 0.4) is False
+    assert verdict(0.05, 0.4) is False  # 0.025 with as many tokens of template, which stand still
     assert verdict(0.01, 0.7) is False
 
 
