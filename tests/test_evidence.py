@@ -38,33 +38,35 @@ def run(size: str, nats: float, noise: float = 0.0, seed: int = 0, rows: bool = 
     return training.Run(size, seed, 10**6, 60.0, "cpu", nats, {"noise": nats}, {"copying": 0.8}, by_row, parameters)
 
 
-def test_neighbouring_sizes_have_to_lie_five_paired_errors_apart() -> None:
-    near = 4 * 0.01 / 16  # the standard error of 256 rows with noise 0.01 is 0.01 / 16
-    found = [
-        run("70k", 1.5),
-        run("150k", 1.4, 0.01),
-        run("300k", 1.4 - near),
-        run("1m", 1.41),
-        run("2m", 1.2, rows=False),
-    ]
-    lines = training.losses(found).lines
-    assert [line.holds for line in lines if line.claims] == [True, False, False, None]
-    assert [line.cells[-1] for line in lines[1:3]] == [f"{z:.1f}" for z in (-0.1 * 16 / 0.01, -4)]
-
-
-def test_another_seed_is_shown_and_not_compared() -> None:
-    lines = training.losses([run("70k", 1.5), run("70k", 1.6, seed=1), run("150k", 1.4, 0.01)]).lines
-    assert [line.claims for line in lines] == [False, False, True]
-    assert lines[2].cells[-2].startswith("-0.1000")
-
-
-def test_a_power_law_is_found_again_and_a_size_off_it_is_named() -> None:
-    sizes = list(SIZES)
-    counts = [training.block_parameters(SIZES[size]) for size in sizes]
+def lawful() -> list[training.Run]:
+    """Six sizes on a law, apart by far more than their errors."""
+    counts = [training.block_parameters(SIZES[size]) for size in SIZES]
     exact = [1.1 + 0.45 * (count / counts[0]) ** -0.3 for count in counts]
     assert training.law(counts, exact) == pytest.approx((1.1, 0.45, 0.3), rel=1e-4)
-    found = [run(size, nats) for size, nats in zip(sizes, exact, strict=True)]
-    assert all(line.holds for line in training.scaling(found).lines)
+    return [run(size, nats, 0.001) for size, nats in zip(SIZES, exact, strict=True)]
+
+
+def test_neighbouring_sizes_have_to_lie_five_paired_errors_apart() -> None:
+    found = lawful()
+    assert [line.holds for line in training.scaling(found).lines] == [True] * 6
+    gap = found[3].nats - found[2].nats  # the standard error of 256 rows with noise 16 is 1
+    for errors, holds in ((6, True), (4, False)):
+        noisy = [*found[:3], run("550k", found[3].nats, -gap / errors * 16), *found[4:]]
+        line = training.scaling(noisy).lines[3]
+        assert float(line.cells[6]) == pytest.approx(-errors, rel=0.05) and line.holds is holds
+    assert training.scaling([*found[:5], run("3m", found[5].nats, rows=False)]).lines[5].holds is None
+
+
+def test_seeds_of_a_size_count_by_their_mean() -> None:
+    found = lawful()
+    first = found[0]
+    apart = [replace(first, nats=first.nats + off, seed=seed) for seed, off in enumerate((-0.1, 0.0, 0.1))]
+    line = training.scaling([*apart, *found[1:]]).lines[0]
+    assert line.cells[2:5] == ["3", f"{first.nats:.4f}", "0.2000"] and line.holds
+
+
+def test_a_size_off_the_law_is_named() -> None:
+    found = lawful()
     found[2] = replace(found[2], nats=found[2].nats + 0.02)
     assert not all(line.holds for line in training.scaling(found).lines)
     assert training.scaling(found[:5]).claims == [None] * 5
@@ -193,7 +195,7 @@ def test_the_suites_ask_what_the_tables_show_in_canonical_form() -> None:
 
 
 def test_a_page_without_rows_says_that_nothing_is_measured_yet(tmp_path: Path) -> None:
-    measured = [table for table in tables(tmp_path) if table.title not in ("Sizes and losses", "Scaling law")]
+    measured = [table for table in tables(tmp_path) if table.title not in ("Training runs", "Scaling law")]
     assert {holds for table in measured for holds in table.claims} == {None}
     assert "- Orderings: 0 of 24 lines hold, 24 are not measured yet\n" in page(tmp_path)
 

@@ -73,44 +73,27 @@ def tables(folder: Path) -> list[Table]:
 
 
 def losses(found: Sequence[Run]) -> Table:
+    """Every training record."""
     kinds = list(found[0].nats_by_kind)
-    lines = []
-    smaller: Run | None = None
-    for run in found:
-        cells = [
-            f"{run.size}, seed {run.seed}", f"{run.parameters:,}", f"{run.tokens / 1e6:.1f}", f"{run.seconds / 60:.0f}",
-            number(run.nats, 4), *(number(run.nats_by_kind[kind], 4) for kind in kinds),
-        ]  # fmt: skip
-        if run.seed == 0:
-            step = _step(smaller, run) if smaller else None
-            if step:
-                z = errors_from(*step)
-                lines.append(Line([*cells, number(step[0], 4, step[1], True), f"{z:.1f}"], z <= -APART))
-            else:
-                lines.append(Line([*cells, NOT_YET, NOT_YET], claims=smaller is not None))
-            smaller = run
-        else:
-            lines.append(Line([*cells, "", ""], claims=False))
+    lines = [
+        Line(
+            [
+                f"{run.size}, seed {run.seed}", f"{run.parameters:,}", f"{run.tokens / 1e6:.1f}",
+                f"{run.seconds / 60:.0f}", number(run.nats, 4),
+                *(number(run.nats_by_kind[kind], 4) for kind in kinds),
+            ],
+            claims=False,
+        )
+        for run in found
+    ]  # fmt: skip
     devices = ", ".join(sorted({run.device for run in found}))
     return Table(
-        "Sizes and losses",
-        f"Loss falls strictly with size, and neighbours (of seed 0) lie at least {APART:.0f} paired standard errors "
-        "apart.",
-        ("trained", "parameters", "tokens (M)", "minutes", "nats", *kinds, "to the smaller", "z"),
+        "Training runs",
+        "Held-out nats per token after training, in all and by kind of token.",
+        ("trained", "parameters", "tokens (M)", "minutes", "nats", *kinds),
         lines,
-        after=(
-            f"held-out nats per token after training, in all and by kind of token; parameters are those of the blocks; "
-            f"trained on: {devices}",
-        ),
+        after=(f"parameters are those of the blocks; trained on: {devices}",),
     )
-
-
-def _step(smaller: Run, larger: Run) -> tuple[float, float] | None:
-    """Nats of the larger above the smaller, paired over the rows of held-out text, which have one length."""
-    if not smaller.nats_by_row or len(smaller.nats_by_row) != len(larger.nats_by_row):
-        return None
-    pairs = zip(larger.nats_by_row, smaller.nats_by_row, strict=True)
-    return mean_and_stderr([mine - theirs for mine, theirs in pairs])
 
 
 def accuracies(found: Sequence[Run], folder: Path) -> Table:
@@ -176,23 +159,42 @@ def law(parameters: Sequence[float], nats: Sequence[float]) -> tuple[float, floa
 
 
 def scaling(found: Sequence[Run]) -> Table:
-    sizes = list(dict.fromkeys((run.size, run.parameters) for run in found))
-    nats = [[run.nats for run in found if run.size == size] for size, _ in sizes]
-    means = [sum(some) / len(some) for some in nats]
-    heads = ("size", "parameters", "seeds", "nats", "spread of seeds", "fitted", "residual")
-    says = f"One power law with an offset fits the losses of {SIZES} sizes within {RESIDUAL} nats."
-    columns = [
-        [size, f"{count:,}", str(len(some)), number(mean, 4), number(max(some) - min(some), 4) if some[1:] else NOT_YET]
-        for (size, count), some, mean in zip(sizes, nats, means, strict=True)
-    ]
-    if len(sizes) < SIZES:
-        return Table("Scaling law", says, heads, [Line([*cells, NOT_YET, NOT_YET]) for cells in columns])
-    counts = [count for _, count in sizes]
-    offset, height, alpha = law(counts, means)
+    """What size is worth: the means over seeds, from one size to the next and against the law."""
+    sizes = [[run for run in found if run.size == size] for size in dict.fromkeys(run.size for run in found)]
+    counts = [some[0].parameters for some in sizes]
+    means = [sum(run.nats for run in some) / len(some) for some in sizes]
+    offset, height, alpha = law(counts, means) if len(sizes) >= SIZES else [math.nan] * 3
     lines = []
-    for cells, count, mean in zip(columns, counts, means, strict=True):
+    for place, (some, count, mean) in enumerate(zip(sizes, counts, means, strict=True)):
         fitted = offset + height * (count / counts[0]) ** -alpha
-        residual = mean - fitted
-        lines.append(Line([*cells, number(fitted, 4), number(residual, 4, signed=True)], abs(residual) < RESIDUAL))
+        step = _step(sizes[place - 1], some) if place else None
+        z = errors_from(*step) if step else math.nan
+        spread = max(run.nats for run in some) - min(run.nats for run in some)
+        cells = [some[0].size, f"{count:,}", str(len(some)), number(mean, 4)]
+        cells.append(number(spread, 4) if some[1:] else NOT_YET)
+        cells += [number(step[0], 4, step[1], True), f"{z:.1f}"] if step else [NOT_YET] * 2
+        cells += [number(fitted, 4), number(mean - fitted, 4, signed=True)]
+        is_known = math.isfinite(fitted) and (step is not None or place == 0)
+        holds = abs(mean - fitted) < RESIDUAL and (place == 0 or z <= -APART)
+        lines.append(Line(cells, holds if is_known else None))
     formula = f"L(N) = {offset:.3f} + {height:.3f} (N / {counts[0]:,})^-{alpha:.3f}, N the parameters of the blocks"
-    return Table("Scaling law", says, heads, lines, after=(f"{formula}; three figures fitted to {len(sizes)} losses",))
+    return Table(
+        "Scaling law",
+        f"Loss falls strictly with size, neighbours lie at least {APART:.0f} paired standard errors apart, and one "
+        f"power law with an offset fits {SIZES} sizes within {RESIDUAL} nats.",
+        ("size", "parameters", "seeds", "nats", "spread of seeds", "to the smaller", "z", "fitted", "residual"),
+        lines,
+        after=(
+            f"{formula}; three figures fitted to the means over seeds of {len(sizes)} sizes",
+            "to the smaller: ± one standard error, paired over the same held-out rows",
+        ),
+    )
+
+
+def _step(smaller: Sequence[Run], larger: Sequence[Run]) -> tuple[float, float] | None:
+    """Nats of the larger above the smaller, paired over the rows of held-out text, which have one length."""
+    rows = {len(run.nats_by_row) for run in (*smaller, *larger)}
+    if len(rows) > 1 or 0 in rows:
+        return None
+    mine, theirs = (np.mean([run.nats_by_row for run in some], 0) for some in (larger, smaller))
+    return mean_and_stderr(list(mine - theirs))

@@ -51,11 +51,11 @@ SIZES = {
     "70k": Size(64, 2, 128),
     "150k": Size(96, 2, 192, head_dim=24),
     "300k": Size(128, 2, 256),
+    "550k": Size(160, 2, 416, head_dim=40),
     "1m": Size(192, 3, 384),
-    "2m": Size(256, 3, 640),
     "3m": Size(256, 4, 768),
 }
-"""By the number of parameters in the blocks; 150k and 2m do not ship."""
+"""By the number of parameters in the blocks; 150k and 550k do not ship."""
 
 TOKENS = 9_000_000
 """What every size reads, so that losses of two sizes differ by size alone."""
