@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from effbench.evidence import FOLDER, PRUNING, QUANTIZATION, facts, orderings, others, pruning, quantization, training
+from effbench.evidence import (
+    FOLDER,
+    PRUNING,
+    QUANTIZATION,
+    facts,
+    orderings,
+    others,
+    pruning,
+    quantization,
+    training,
+    whole,
+)
 from effbench.evidence.table import Table
 
 
@@ -31,11 +42,12 @@ def tables(folder: Path) -> list[Table]:
         others.draft(folder),
         others.distillation(folder),
         facts.knowledge(folder),
+        whole.table(folder),
     ]
 
 
 PAGES = {
-    FOLDER: Shown("What the reference family shows", "make evidence", tables),
+    FOLDER: Shown("What the reference family shows", "make evidence", tables, whole.measure),
     QUANTIZATION: Shown("What quantization shows", "make quantization", quantization.tables, quantization.measure),
     PRUNING: Shown("What pruning and low rank show", "make pruning", pruning.tables, pruning.measure),
 }
