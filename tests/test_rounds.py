@@ -6,6 +6,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_system
@@ -40,9 +41,9 @@ def test_the_machine_tells_its_conditions_or_why_it_does_not() -> None:
 def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Rounds of a small system beside itself, whose shares of others are given."""
     system = random_system("llama")
-    prompts = [torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(k)) for k in range(4)]
 
-    def run(shares: list[float]) -> list[rounds.Round]:
+    def run(shares: list[float], count: int = 3) -> list[rounds.Round]:
+        prompts = [torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(k)) for k in range(count + 1)]
         given = iter(shares)
         monkeypatch.setattr(disturbance, "others_share", lambda *_: next(given))
         here, there = Pipe()
@@ -79,6 +80,17 @@ def test_a_condition_that_is_not_one_is_refused() -> None:
     for wrong in ("8", "8x", "x8", "0x8", "8x8x8", "axb"):
         with pytest.raises(UsageError, match="BATCHxTOKENS"):
             Suite(conditions=(wrong,))
+
+
+@pytest.mark.parametrize(("scatter", "done"), [(0.005, 8), (0.3, 24)])
+def test_there_are_more_rounds_where_the_ratio_is_loose(
+    timed: Any, monkeypatch: pytest.MonkeyPatch, scatter: float, done: int
+) -> None:
+    random = np.random.default_rng(0)
+    generation = rounds.one_round(random_system("llama"), torch.ones(1, 8, dtype=torch.long), 2)[2]
+    monkeypatch.setattr(rounds, "one_round", lambda *_: (1.0, float(np.exp(random.normal(0, scatter))), generation))
+    assert len(timed([0.0] * 24, 8)) == done
+    assert len(timed([0.0] * 24, 2)) == 2, "two rounds do not say how far they lie apart"
 
 
 def test_further_conditions_are_timed_and_dense_is_timed_against_itself(tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def _time(job: Job, system: System, before: int, socket: Path | None) -> None:
     made = [one.generation for one in done]
     new, passes = sum(one.ids.shape[1] for one in made), sum(one.passes for one in made)
     proposed, accepted = sum(one.proposed for one in made), sum(one.accepted for one in made)
-    new -= sum(prompt.shape[1] for prompt in given[1:])
-    record.put("tokens_per_pass", new / (passes + len(given) - 1))
+    new -= len(done) * given[0].shape[1]
+    record.put("tokens_per_pass", new / (passes + len(done)))
     record.put("acceptance_rate", accepted / proposed if proposed else None, "nothing is drafted")
     threads = torch.get_num_threads()
     roofline.measure(record, system, given[1], suite.new_tokens, limits.known(system.device.type, threads))

@@ -39,8 +39,9 @@ def conditions(rows: Sequence[Row]) -> list[str]:
         said.append(f"acc: {sum(map(len, tasks)):,} items of {len(tasks)} task{plural}{guessing}")
     if "decode_seconds" in record.samples:
         prompt, new = settings.get("prompt_tokens"), settings.get("new_tokens")
-        rounds, batch = len(record.samples["decode_seconds"]), settings.get("batch")
-        said.append(f"time: {rounds} rounds of {prompt} + {new} tokens, batch {batch}")
+        counts = [len(row.record.samples.get("decode_seconds", [])) for row in rows]
+        rounds = "–".join(str(count) for count in sorted({min(filter(None, counts)), max(counts)}))
+        said.append(f"time: {rounds} rounds of {prompt} + {new} tokens, batch {settings.get('batch')}")
     energy = record.provenance.get("energy", {})
     if energy.get("step_seconds"):
         before, after = record.samples.get("idle_watts", [float("nan")] * 2)
