@@ -179,7 +179,8 @@ def _check_weights(job: Job, dense: System) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    flat = tensor.detach().contiguous().flatten()  # a single column may be contiguous and still have another stride
+    return zlib.crc32(flat.cpu().view(torch.uint8).numpy().data)
 
 
 def _digest(system: System) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from effbench.measure.energy import above_idle
 from effbench.results import Record
 from effbench.technique import CachePolicy, System
 from effbench.toolbox.decoding import forward
+
+if TYPE_CHECKING:
+    from effbench.measure.answers import Answers
 
 
 def quality(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
@@ -101,18 +104,36 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _score_tasks_metered(job: Job, system: System) -> None:
     """The tasks, and the energy of each correct answer."""
+    known = _known(job)
     counter = meter(job.suite.device)
     if counter.source and job.suite.rows_at_once > 1:
         counter = Meter(None, "rows are scored side by side, and the counter is the whole machine's")
-    joules, idle = above_idle(counter, lambda: _score_tasks(job, system))
+    joules, idle = above_idle(counter, lambda: _score_tasks(job, system, known))
     record = job.record
     correct = sum(sum(items) for name, items in record.samples.items() if name.startswith("correct/"))
     why = counter.why or ("no answer was correct" if job.suite.tasks else record.missing["accuracy"])
+    if known and known.asked:
+        record.provenance["answers"] = {"asked": known.asked, "reused": known.reused}
+    if known and known.reused:
+        joules, why = None, f"{known.reused:,} of {known.asked:,} answers were known from an earlier run"
     record.samples["accuracy_idle_watts"] = idle
     record.put("joules_per_correct", joules / correct if joules is not None and correct else None, why)
 
 
-def _score_tasks(job: Job, system: System) -> None:
+def _known(job: Job) -> Answers | None:
+    """What this very system has answered, in this folder or one beside it; `None` where there is nothing to know it by.
+
+    A hub's model or one that cannot be saved is not looked at byte by byte.
+    """
+    from effbench.measure.answers import Answers, beside, system_name
+
+    if not job.suite.tasks or not job.system_folder.is_dir():
+        return None
+    name = system_name(job.system_folder, job.suite.device)
+    return Answers(job.out / "answers" / f"{name}.npz", beside(job.out, name))
+
+
+def _score_tasks(job: Job, system: System, known: Answers | None) -> None:
     record, names = job.record, job.suite.tasks
     if not names:
         for column in ("accuracy", "accuracy_norm"):
@@ -122,7 +143,7 @@ def _score_tasks(job: Job, system: System) -> None:
 
     suite = job.suite
     asked = sharing.questions(job.out, suite, system)
-    found = evaluate(system, names, suite.limit, asked, suite.asking)
+    found = evaluate(system, names, suite.limit, asked, suite.asking, known)
     for name, result in found.items():
         for metric, value in result.metrics.items():
             record.put(f"{metric}/{name}", value)

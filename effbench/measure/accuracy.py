@@ -11,6 +11,7 @@ import torch
 
 from effbench.errors import TaskError
 from effbench.measure import questions
+from effbench.measure.answers import Answers
 from effbench.measure.encoding import Choices, Encoder
 from effbench.measure.likelihood import Likelihoods
 from effbench.measure.questions import Questions, TaskResult
@@ -25,12 +26,12 @@ class SystemLM(Encoder):
     """Lets lm-eval score a `System`.
 
     What choices share is run once (see `effbench.measure.likelihood`). Systems with a cache policy of their own are
-    scored through their cache.
+    scored through their cache. What is in `known`, if given, is not run again.
     """
 
-    def __init__(self, system: System, batch_tokens: int | None = None) -> None:
+    def __init__(self, system: System, batch_tokens: int | None = None, known: Answers | None = None) -> None:
         super().__init__(system.tokenizer)
-        self.system = system
+        self.system, self.known = system, known
         self._likelihoods = Likelihoods(system, batch_tokens)
 
     @property
@@ -45,7 +46,8 @@ class SystemLM(Encoder):
 
     def answer(self, choices: Choices) -> tuple[np.ndarray, np.ndarray]:
         """The log-likelihood (choices,) of each choice after its context, and whether greedy decoding would give it."""
-        return self._likelihoods.answer(choices)
+        answer = self._likelihoods.answer
+        return self.known.complete(choices, answer) if self.known else answer(choices)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows that give every token as much context as they can."""
@@ -101,23 +103,25 @@ def evaluate(
     limit: int | None = None,
     asked: Questions | None = None,
     asking: Asking = PLAINLY,
+    known: Answers | None = None,
 ) -> dict[str, TaskResult]:
     """Each task's items, scored with lm-eval's own prompts and metrics; a group's tasks one by one.
 
-    `asked` are the same tasks' questions if they are built already. Raises `TaskError` where a task's items cannot be
-    had or none of its metrics has a column here.
+    `asked` are the same tasks' questions if they are built already, `known` what this system answered before. Raises
+    `TaskError` where a task's items cannot be had or none of its metrics has a column here.
     """
     asked = asked or build(system, names, limit, asking)
-    values, _ = SystemLM(system).answer(asked.choices)
+    lm = SystemLM(system, known=known)
+    values, _ = lm.answer(asked.choices)
     results = asked.results(values)
     if asked.others:
         with quiet():
-            results |= _by_lm_eval(system, names, asked.others, limit, asking)
+            results |= _by_lm_eval(lm, names, asked.others, limit, asking)
     return {name: results[name] for name in asked.order}
 
 
 def _by_lm_eval(
-    system: System, names: Sequence[str], others: Sequence[str], limit: int | None, asking: Asking
+    lm: SystemLM, names: Sequence[str], others: Sequence[str], limit: int | None, asking: Asking
 ) -> dict[str, TaskResult]:
     """The same from requests to metrics by lm-eval itself, of some of the tasks that `names` stand for."""
     from lm_eval.evaluator import evaluate as run
@@ -126,7 +130,7 @@ def _by_lm_eval(
     tasks = {name: loaded["tasks"][name] for name in others}
     chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if asking.chat_template else {}
     output = run(
-        lm=SystemLM(system),
+        lm=lm,
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         limit=limit,
         bootstrap_iters=0,

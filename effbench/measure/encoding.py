@@ -52,6 +52,13 @@ class Choices:
             np.concatenate([part.lengths for part in parts]),
         )
 
+    def some(self, places: Sequence[int]) -> Choices:
+        """The choices at these places, and the contexts that they need."""
+        needed, context_of = np.unique(self.context_of[list(places)], return_inverse=True)
+        starts, lengths = self.starts[list(places)], self.lengths[list(places)]
+        tokens = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return Choices([self.contexts[one] for one in needed], context_of, np.concatenate(tokens), lengths)
+
     @property
     def starts(self) -> np.ndarray:
         """Where the tokens of each choice begin."""

@@ -21,9 +21,11 @@ ATTENTION = (
     (("q_proj", "k_proj", "v_proj"), "dense"),
     (("c_attn",), "c_proj"),
     (("query_key_value",), "dense"),
+    (("qkv_proj",), "o_proj"),
 )
-"""Matrices that write heads, and the one that reads them, under the names that models give them. Fused, `c_attn` has
-all queries first, then all keys, then all values; `query_key_value` has those of one head after the other."""
+"""Matrices that write heads, and the one that reads them, under the names that models give them. Fused, `c_attn` and
+`qkv_proj` have all queries first, then all keys, then all values; `query_key_value` has those of one key head after
+the other."""
 FEEDFORWARD = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),
@@ -33,6 +35,8 @@ FEEDFORWARD = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
 )
 """Matrices that write channels, and the one that reads them; `gate_up_proj` has all gates first."""
+NUMBERED = ("moe_layers", "mlp_only_layers")
+"""Lists of a config that hold blocks' numbers; others have an entry for each block."""
 READ_DIRECTLY = ("dt_proj",)
 """Matrices that a model reads as tensors and never calls (Mamba's step sizes): no module can take their place."""
 FEEDFORWARD_SIZES = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -56,6 +60,11 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise UnfitError(f"no list of {depth} decoder blocks was found in a {type(model).__name__}")
     _, name, module = max(found, key=lambda entry: entry[0])
     return name, module
+
+
+def has_slopes(config: Any) -> bool:
+    """Whether attention counts distance in the cache, by a slope for each head that its number gives it (ALiBi)."""
+    return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
 
 
 def is_matrix(module: nn.Module) -> bool:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from effbench.errors import UnfitError
-from effbench.toolbox.architectures import ATTENTION, FEEDFORWARD, blocks, is_matrix
+from effbench.toolbox.architectures import ATTENTION, FEEDFORWARD, NUMBERED, blocks, is_matrix
+from effbench.toolbox.experts import ExpertList
+from effbench.toolbox.stored import StoredModule
 from effbench.toolbox.walk import as_linear, replace_module
 
 COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "embed_dim", "split_size")
@@ -50,8 +52,32 @@ class Units:
         return written + self.columns.shape[1] * as_linear(block.get_submodule(self.reader)).out_features
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """The matrices of attention or feedforward that read the residual stream, and the one that writes to it."""
+
+    readers: tuple[str, ...]
+    writer: str
+
+
+def sublayers(block: nn.Module) -> tuple[Sublayer, Sublayer]:
+    """Attention and feedforward of a block.
+
+    Raises `UnfitError` where they are not made of the plain matrices that are known.
+    """
+    found = []
+    for known, what in ((ATTENTION, "attention"), (FEEDFORWARD, "feedforward")):
+        owner, readers, writer = _find(block, known, what)
+        prefix = f"{owner}." if owner else ""
+        found.append(Sublayer(tuple(prefix + name for name in readers), prefix + writer))
+    return found[0], found[1]
+
+
 def keep_blocks(model: Any, places: Sequence[int]) -> None:
-    """Leave only the blocks at `places`, renumbered so that caches have no gaps, and a config that says so."""
+    """Leave only the blocks at `places`, renumbered so that caches have no gaps, and a config that says so.
+
+    Raises `UnfitError` where a block's number makes it what it is and no config says what is left.
+    """
     name, layers = blocks(model)
     depth, kept = len(layers), [layers[place] for place in places]
     replace_module(model, name, nn.ModuleList(kept))
@@ -61,9 +87,26 @@ def keep_blocks(model: Any, places: Sequence[int]) -> None:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
     for key, value in list(vars(model.config).items()):
-        if isinstance(value, list | tuple) and len(value) == depth and "layer" in key:
+        if key in NUMBERED and value is not None:
+            setattr(model.config, key, [new for new, place in enumerate(places) if place in value])
+        elif isinstance(value, list | tuple) and len(value) == depth and "layer" in key:
             setattr(model.config, key, [value[place] for place in places])
     model.config.num_hidden_layers = len(kept)
+    with torch.device("meta"):
+        twin = blocks(AutoModelForCausalLM.from_config(model.config, trust_remote_code=False))[1]
+    if not all(map(_alike, kept, twin)):
+        raise UnfitError("a block's number makes it what it is, and no config says so of those that would be left")
+
+
+def _alike(block: nn.Module, twin: nn.Module) -> bool:
+    """Whether the architecture's own modules in a block are those of another; what was put into it may differ."""
+    own = dict(twin.named_modules())
+    put = [f"{name}." for name, module in block.named_modules() if isinstance(module, StoredModule)]
+    return all(
+        type(own.get(name)) is type(module)
+        for name, module in block.named_modules()
+        if type(module).__module__.startswith("transformers.models.") and not name.startswith(tuple(put))
+    )
 
 
 def heads(block: nn.Module) -> Units:
@@ -73,6 +116,9 @@ def heads(block: nn.Module) -> Units:
     """
     owner, writers, reader = _find(block, ATTENTION, "attention")
     attention: Any = block.get_submodule(owner)
+    if writers == ("qkv_proj",):
+        kind = type(attention).__name__
+        raise UnfitError(f"a {kind} takes its number of heads from the config, where all blocks have as many")
     size = int(getattr(attention, "head_dim", 0) or getattr(attention, "head_size", 0))
     if not size:
         raise UnfitError(f"a {type(attention).__name__} does not say how wide its heads are")
@@ -83,18 +129,18 @@ def heads(block: nn.Module) -> Units:
     linears = {name: as_linear(attention.get_submodule(name)) for name in writers}
     width = as_linear(attention.get_submodule(reader)).in_features
     outputs = [linear.out_features for linear in linears.values()]
-    if len(writers) == 3:
-        shared = outputs[1] // size
-        fits = outputs[0] == width and outputs[1] == outputs[2] and width % outputs[1] == 0
-        rows = {name: torch.arange(linear.out_features).view(shared, -1) for name, linear in linears.items()}
-    else:
-        shared, fits = width // size, outputs == [3 * width]
-        if fits and writers == ("c_attn",):  # all queries, all keys, all values
-            rows = {writers[0]: torch.arange(3 * width).view(3, shared, size).transpose(0, 1).reshape(shared, -1)}
-        else:  # query, key and value of one head after the other
-            rows = {writers[0]: torch.arange(outputs[0]).view(shared, -1)}
-    if not fits:
+    keys = outputs[1] if len(writers) == 3 else (sum(outputs) - width) // 2
+    shared = keys // size
+    fits = outputs in ([width, keys, keys], [width + 2 * keys])
+    if not fits or not shared or keys % size or width % keys:
         raise UnfitError("attention's matrices are of sizes in which whole heads are not told apart")
+    if len(writers) == 3:
+        rows = {name: torch.arange(linear.out_features).view(shared, -1) for name, linear in linears.items()}
+    elif writers == ("c_attn",):  # all queries, all keys, all values
+        queries, others = torch.arange(width).view(shared, -1), torch.arange(width, outputs[0]).view(2, shared, size)
+        rows = {"c_attn": torch.cat([queries, *others], 1)}
+    else:  # the queries, the key and the value of one key head after the other
+        rows = {writers[0]: torch.arange(outputs[0]).view(shared, -1)}
     return _units(owner, rows, reader, torch.arange(width).view(shared, -1))
 
 
@@ -155,9 +201,12 @@ def _find(block: nn.Module, known: Any, what: str) -> tuple[str, tuple[str, ...]
     for owner, module in block.named_modules():
         children = {name for name, child in module.named_children() if is_matrix(child)}
         found += [(owner, w, reader) for w, reader in known if children >= {*w, reader}]
+    kind = type(block).__name__
+    if not found and what == "feedforward" and any(isinstance(module, ExpertList) for module in block.modules()):
+        raise UnfitError(f"a {kind}'s feedforward is experts, of which each token takes some")
     if len(found) != 1:
         count = f"{len(found)} {what}s" if found else f"no {what}"
-        raise UnfitError(f"a {type(block).__name__} has {count} of plain matrices by names that are known, not one")
+        raise UnfitError(f"a {kind} has {count} of plain matrices by names that are known; it takes one")
     return found[0]
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from effbench.errors import UnfitError
 from effbench.technique import CachePolicy, Data, System, Technique
+from effbench.toolbox.architectures import has_slopes
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.decoding import MaskedCache
 from effbench.toolbox.rotary import Rotation, frequencies, layer_kinds, rotary_layout
@@ -49,7 +50,7 @@ class SinkWindow(Technique):
         config, kept = system.config.get_text_config(decoder=True), self.sinks + self.window
         if type(system.new_cache) is not CachePolicy:
             return f"a {type(system.new_cache).__name__} is already how this system keeps keys and values"
-        if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+        if has_slopes(config):
             return "its attention counts distance by place in the cache (ALiBi), which eviction would change"
         if config._attn_implementation not in ("eager", "sdpa"):
             return f"attention {config._attn_implementation!r} takes no mask of ours; load it with eager or sdpa"

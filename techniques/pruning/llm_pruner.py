@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from effbench.errors import UnfitError
 from effbench.technique import Data, System, Technique
-from effbench.toolbox.architectures import FEEDFORWARD_SIZES
+from effbench.toolbox.architectures import FEEDFORWARD_SIZES, has_slopes
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.structure import Units, channels, heads, keep_units, write_config
 from effbench.toolbox.training import next_token_loss
@@ -56,6 +56,8 @@ class LLMPruner(Technique):
     def unfit(self, system: System) -> str | None:
         if not matrices(system.model):
             return "no plain weight matrix is left to compress: put this technique before the one that packs them"
+        if has_slopes(system.config):
+            return "each head's number gives it a slope (ALiBi), and to remove some would give the others new ones"
         layers = blocks(system.model)[1]
         try:
             for block in self._pruned(layers):
@@ -163,8 +165,8 @@ def write_sizes(model: Any) -> None:
     if len(sizes) > 1:
         return
     groups, width, inner = sizes.pop()
-    values = {next(key for key in FEEDFORWARD_SIZES if hasattr(config, key)): inner}
-    if hasattr(config, "head_dim"):
+    values = {key: inner for key in FEEDFORWARD_SIZES if hasattr(config, key)}
+    if "head_dim" in config.to_dict():  # and not worked out from the stream's width
         values |= {"num_attention_heads": groups * width // config.head_dim, "head_dim": config.head_dim}
         if hasattr(config, "num_key_value_heads"):
             values["num_key_value_heads"] = groups

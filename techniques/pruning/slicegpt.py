@@ -16,7 +16,7 @@ from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
 from effbench.toolbox.rotation import rms_parts
 from effbench.toolbox.slicing import SlicedBlock, SlicedEnd, SlicedNorm, bent
-from effbench.toolbox.structure import channels, heads
+from effbench.toolbox.structure import sublayers
 from effbench.toolbox.walk import Block, as_linear, blocks, captured_inputs, matrices, replace_module, walk
 
 MULTIPLE = 8
@@ -56,7 +56,7 @@ class SliceGPT(Technique):
             return "no plain weight matrix is left to cut: put this technique before the one that packs them"
         try:
             for block in blocks(system.model)[1]:
-                heads(block), channels(block)
+                sublayers(block)
             width = len(last_norm(system.model).weight)
         except UnfitError as reason:
             return str(reason)
@@ -95,11 +95,11 @@ def cut(model: Any, plans: list[tuple[list[Norm], bool]], bases: list[Tensor], e
     rest = iter(zip(bases, bases[1:], strict=False))
     for place, (norms, parallel) in enumerate(plans):
         block = layers[place]
-        dtype = as_linear(block.get_submodule(heads(block).reader)).weight.dtype
-        units = (heads(block), channels(block))
+        parts = sublayers(block)
+        dtype = as_linear(block.get_submodule(parts[0].writer)).weight.dtype
         steps = [next(rest)] * 2 if parallel else [next(rest), next(rest)]
-        for part, norm, (basis, following) in zip(units, norms, steps, strict=True):
-            for reader in part.rows:
+        for part, norm, (basis, following) in zip(parts, norms, steps, strict=True):
+            for reader in part.readers:
                 linear = as_linear(block.get_submodule(reader))
                 weight = linear.weight.float() * norm.weight
                 bias = None if linear.bias is None else linear.bias.float()
@@ -107,15 +107,15 @@ def cut(model: Any, plans: list[tuple[list[Norm], bool]], bases: list[Tensor], e
                     moved = linear.weight.float() @ norm.bias
                     bias = moved if bias is None else bias + moved
                 replace_module(block, reader, _linear(weight @ basis, bias, dtype))
-            linear = as_linear(block.get_submodule(part.reader))
+            linear = as_linear(block.get_submodule(part.writer))
             into = centred(following, norm.centres).T
             bias = None if linear.bias is None else into @ linear.bias.float()
-            replace_module(block, part.reader, _linear(into @ linear.weight.float(), bias, dtype))
+            replace_module(block, part.writer, _linear(into @ linear.weight.float(), bias, dtype))
             replace_module(block, norm.name, SlicedNorm(width, norm.eps))
         used = 1 if parallel else 2
         with torch.device("meta"):
             first = place == 0
-            written = [part.reader for part in units][:used]
+            written = [part.writer for part in parts][:used]
             new = SlicedBlock(config, place, [n.name for n in norms][:used], written, width, narrow, first)
         new.inner = block
         for shortcut, (basis, following) in zip(new.shortcuts, steps, strict=False):
@@ -164,8 +164,8 @@ def _bases(block: Block, norms: list[Norm], parallel: bool, narrow: int) -> list
         fed += seen[norms[1].name]
     second = principal(fed, narrow, centres)
     del fed
-    reader = heads(block.module).reader
-    with bent(block.module, norms[0].name, reader, lambda x, y: _projected(x + y, second, centres) - x):
+    writer = sublayers(block.module)[0].writer
+    with bent(block.module, norms[0].name, writer, lambda x, y: _projected(x + y, second, centres) - x):
         block.advance()
     return [*found, second]
 
@@ -192,7 +192,7 @@ def feeding_norms(block: Block) -> list[Norm]:
     Raises `UnfitError` where anything else feeds their matrices.
     """
     named = [norm for name, module in block.module.named_modules() if (norm := _norm(name, module))]
-    readers = [list(part.rows) for part in (heads(block.module), channels(block.module))]
+    readers = [part.readers for part in sublayers(block.module)]
     given: dict[str, Tensor] = {}
 
     def keeping(name: str) -> Any:
@@ -211,14 +211,14 @@ def feeding_norms(block: Block) -> list[Norm]:
     of = {given[norm.name].data_ptr(): norm for norm in named if norm.name in given}
     found = [{seen[name][0].data_ptr() for name in names} for names in readers]
     if any(len(places) != 1 or not places <= of.keys() for places in found) or found[0] == found[1]:
-        raise UnfitError(f"{block.name}: attention and feedforward are not each fed by a norm whose weights can move")
+        raise UnfitError(f"{block.name}: attention and feedforward are not each fed by a norm of its own")
     return [of[places.pop()] for places in found]
 
 
 def _check_others(block: Block, norms: list[Norm]) -> None:
     """Raises `UnfitError` for weights of the stream that are neither matrices, nor norms that feed them."""
-    parts = heads(block.module), channels(block.module)
-    known = {*(norm.name for norm in norms), *(name for part in parts for name in (*part.rows, part.reader))}
+    parts = sublayers(block.module)
+    known = {*(norm.name for norm in norms), *(name for part in parts for name in (*part.readers, part.writer))}
     width = len(norms[0].weight)
     for name, parameter in block.module.named_parameters():
         if name.rpartition(".")[0] not in known and width in parameter.shape:
