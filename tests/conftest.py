@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from effbench.coverage import ARCHITECTURES  # noqa: E402
 from effbench.data import Data, WorldSource  # noqa: E402
 from effbench.reference.tokenizer import build_tokenizer  # noqa: E402
 from effbench.reference.world import World  # noqa: E402
@@ -20,45 +21,14 @@ from effbench.technique import System  # noqa: E402
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real text and a real checkpoint, beside the repository where there are any."""
 
-SMALL: dict[str, Any] = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LLAMA_LIKE: dict[str, Any] = {
-    **SMALL,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE),
-    "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=32),
-    "mistral": lambda: transformers.MistralConfig(**LLAMA_LIKE),
-    "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=64, n_layer=2, n_head=4, n_positions=512),
-    "opt": lambda: transformers.OPTConfig(
-        **SMALL,
-        hidden_size=64,
-        word_embed_proj_dim=64,
-        ffn_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    ),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(
-        **SMALL,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    ),
-}
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen3")
+"""Architectures on which a technique's own claims are tested; `effbench.coverage` has small models of all."""
 
 
 def random_model(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     """A small model with random weights."""
     torch.manual_seed(seed)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](), dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=dtype).eval()
 
 
 def random_system(architecture: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> System:
@@ -92,7 +62,7 @@ def logits(system: System) -> torch.Tensor:
     return found
 
 
-@pytest.fixture(params=sorted(CONFIGS))
+@pytest.fixture(params=FAMILIES)
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each architecture that has to work."""
     name: str = request.param

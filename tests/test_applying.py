@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, applied, calibrated, random_system
+from conftest import applied, calibrated, random_system
 
+from effbench.coverage import LLAMA
 from effbench.jobs.applying import Before, _record_size, promised_bits
 from effbench.measure.derived import rows
 from effbench.registry import parse
@@ -77,7 +78,7 @@ def test_a_student_of_another_architecture_is_charged_in_full() -> None:
 def test_experts_count_by_what_was_done_to_them(touched: str) -> None:
     def mixture() -> System:
         torch.manual_seed(0)
-        config = transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4)
+        config = transformers.MixtralConfig(**LLAMA, num_local_experts=4)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         return System.dense(model, random_system("llama").tokenizer)
 

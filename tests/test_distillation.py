@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, random_model, random_system
+from conftest import random_model, random_system
 from counting import CountingSource, counting
 from torch import Tensor
 
 from effbench import store
+from effbench.coverage import ARCHITECTURES
 from effbench.data import Data, WorldSource
 from effbench.errors import UnfitError
 from effbench.measure.memory import stored_bytes
@@ -47,7 +48,7 @@ def logits(model: Any) -> Tensor:
 
 
 def smaller_system(**changes: Any) -> System:
-    config = CONFIGS["llama"]()
+    config = ARCHITECTURES["llama"]()
     config.update({"intermediate_size": 64, **changes})
     model = type(random_model("llama"))(config).to(torch.bfloat16).eval()
     return System.dense(model, random_system("llama").tokenizer)
@@ -114,7 +115,7 @@ def test_every_architecture_gives_a_smaller_student_that_is_saved_and_loaded(arc
 
 
 def test_blocks_are_chosen_evenly_and_copied_from_the_teacher() -> None:
-    config = CONFIGS["qwen3"]()
+    config = ARCHITECTURES["qwen3"]()
     kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     config.update({"num_hidden_layers": 5, "layer_types": kinds})
     torch.manual_seed(0)

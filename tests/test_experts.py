@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, logits, random_system
+from conftest import logits, random_system
 from torch import nn
 
 from effbench import store
-from effbench.coverage import ARCHITECTURES
+from effbench.coverage import ARCHITECTURES, LLAMA
 from effbench.errors import UnfitError
 from effbench.measure.memory import stored_bytes
 from effbench.registry import get
@@ -21,7 +21,7 @@ from effbench.toolbox.walk import blocks, compress_blocks, matrices, walk, weigh
 
 MORE: dict[str, Any] = {
     "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **{**LLAMA_LIKE, "num_key_value_heads": 4},
+        **{**LLAMA, "num_key_value_heads": 4},
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=2,
@@ -34,7 +34,7 @@ MORE: dict[str, Any] = {
         v_head_dim=16,
         qk_nope_head_dim=16,
     ),
-    "olmoe": lambda: transformers.OlmoeConfig(**LLAMA_LIKE, num_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: transformers.OlmoeConfig(**LLAMA, num_experts=4, num_experts_per_tok=2),
 }
 MIXTURES = ("mixtral", "qwen3_moe", "llama4_text", "gpt_oss", *MORE)
 

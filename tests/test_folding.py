@@ -5,19 +5,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, SMALL
 from torch import nn
 
+from effbench.coverage import ARCHITECTURES, LLAMA, VOCABULARY
 from effbench.toolbox.folding import Fold, Scaling, find_folds, find_products, fold
 from effbench.toolbox.walk import Block, as_linear, walk
 
 MORE: dict[str, Any] = {
-    "gemma": lambda: transformers.GemmaConfig(**LLAMA_LIKE, head_dim=16),
-    "phi": lambda: transformers.PhiConfig(**LLAMA_LIKE),
-    "phi3": lambda: transformers.Phi3Config(**LLAMA_LIKE),
-    "mixtral": lambda: transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4),
+    "gemma": lambda: transformers.GemmaConfig(**LLAMA, head_dim=16),
+    "phi": lambda: transformers.PhiConfig(**LLAMA),
     "opt, norms behind": lambda: transformers.OPTConfig(
-        **SMALL,
+        **VOCABULARY,
         hidden_size=64,
         word_embed_proj_dim=64,
         ffn_dim=128,
@@ -70,7 +68,7 @@ PLACES = {
 
 def first_block(name: str, dtype: torch.dtype) -> Block:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config({**CONFIGS, **MORE}[name](), dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config({**ARCHITECTURES, **MORE}[name](), dtype=dtype).eval()
     for module in model.modules():  # norms as training would leave them, not all ones
         if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 1:
             module.weight.data += 0.3 * torch.randn_like(module.weight)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, SMALL
 
+from effbench.coverage import LLAMA, VOCABULARY
 from effbench.measure import likelihood
 from effbench.measure.encoding import Choices
 from effbench.measure.likelihood import Likelihoods, reach, takes_trees
@@ -19,13 +19,13 @@ from effbench.technique import System
 
 SHARPER = {"initializer_range": 0.1}
 """Weights large enough for attention to matter."""
-BLOOM = {**SMALL, "hidden_size": 64, "n_layer": 2, "n_head": 4}
-MAMBA = {**SMALL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+BLOOM = {**VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+MAMBA = {**VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
 MODELS: dict[str, tuple[Any, bool]] = {
-    "llama": (transformers.LlamaConfig(**LLAMA_LIKE, **SHARPER), True),
-    "eager": (transformers.LlamaConfig(**LLAMA_LIKE, **SHARPER, attn_implementation="eager"), True),
-    "soft-capped": (transformers.Gemma2Config(**LLAMA_LIKE, **SHARPER, head_dim=16, sliding_window=48), True),
-    "experts": (transformers.MixtralConfig(**LLAMA_LIKE, **SHARPER, num_local_experts=4), True),
+    "llama": (transformers.LlamaConfig(**LLAMA, **SHARPER), True),
+    "eager": (transformers.LlamaConfig(**LLAMA, **SHARPER, attn_implementation="eager"), True),
+    "soft-capped": (transformers.Gemma2Config(**LLAMA, **SHARPER, head_dim=16, sliding_window=48), True),
+    "experts": (transformers.MixtralConfig(**LLAMA, **SHARPER, num_local_experts=4), True),
     "alibi": (transformers.BloomConfig(**BLOOM, **SHARPER), False),
     "state space": (transformers.MambaConfig(**MAMBA, **SHARPER), False),
 }
@@ -115,7 +115,7 @@ def test_a_model_without_a_head_of_its_own_gives_the_same() -> None:
 
 
 def test_sequences_beyond_a_sliding_window_are_run_as_they_are() -> None:
-    config = transformers.MistralConfig(**LLAMA_LIKE, **SHARPER, sliding_window=40)
+    config = transformers.MistralConfig(**LLAMA, **SHARPER, sliding_window=40)
     system, pairs = system_of(config), asked()
     assert max(len(context) for context, _ in pairs) > 45
     assert reach(config) == 40 and takes_trees(system)
@@ -123,12 +123,12 @@ def test_sequences_beyond_a_sliding_window_are_run_as_they_are() -> None:
 
 
 def test_numbers_that_say_how_far_a_layer_looks_back_are_told_from_others() -> None:
-    assert reach(transformers.Qwen2Config(**LLAMA_LIKE, max_window_layers=28)) == 2**31
-    assert reach(transformers.MixtralConfig(**LLAMA_LIKE)) == 2**31
-    assert reach(transformers.Llama4TextConfig(**LLAMA_LIKE, attention_chunk_size=128)) == 128
+    assert reach(transformers.Qwen2Config(**LLAMA, max_window_layers=28)) == 2**31
+    assert reach(transformers.MixtralConfig(**LLAMA)) == 2**31
+    assert reach(transformers.Llama4TextConfig(**LLAMA, attention_chunk_size=128)) == 128
     factors = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
     scaled = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
-    config = transformers.Phi3Config(**LLAMA_LIKE, rope_parameters=scaled, original_max_position_embeddings=256)
+    config = transformers.Phi3Config(**LLAMA, rope_parameters=scaled, original_max_position_embeddings=256)
     assert reach(config) == 256
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, random_system
+from conftest import random_system
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from effbench.coverage import LLAMA
 from effbench.data import FileSource, Windows
 from effbench.measure import quality
 from effbench.measure.quality import DenseLogProbabilities, score
@@ -88,7 +89,7 @@ def test_the_head_runs_on_scored_tokens_only_where_its_word_is_the_last_one(
     """Gemma 2 caps what its head gives, so its logits are not the head's."""
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        **LLAMA_LIKE, head_dim=16, initializer_range=0.3, final_logit_softcapping=2.0 if capped else None
+        **LLAMA, head_dim=16, initializer_range=0.3, final_logit_softcapping=2.0 if capped else None
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     text, seen = windows(64, 64, 30), []

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from calibrated_layers import LAYERS, calibrated_layer
-from conftest import SMALL, calibrated, random_system
+from conftest import calibrated, random_system
 from golden_layer import agrees, golden_inputs, golden_linear
 from torch import Tensor, nn
 
 from effbench import models, store
+from effbench.coverage import VOCABULARY
 from effbench.data import WorldSource
 from effbench.errors import TechniqueError, UnfitError
 from effbench.measure.memory import module_bytes, stored_bytes
@@ -133,7 +134,7 @@ def test_it_changes_little_in_any_architecture(architecture: str, alpha: float) 
 
 def test_a_model_whose_norms_feed_more_than_matrices_is_unfit_with_a_reason() -> None:
     config = transformers.OPTConfig(
-        **SMALL,
+        **VOCABULARY,
         hidden_size=64,
         word_embed_proj_dim=64,
         ffn_dim=128,

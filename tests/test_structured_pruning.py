@@ -1,16 +1,18 @@
 """Structured pruning: what is removed is gone, and what is left says what the whole model would without it."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import calibrated, logits, random_system
+from conftest import FAMILIES, calibrated, logits, random_system
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effbench import models, store
+from effbench.coverage import ARCHITECTURES
 from effbench.data import Data, WorldSource
 from effbench.errors import UnfitError
 from effbench.measure.memory import cache_bytes, stored_bytes
@@ -136,9 +138,31 @@ def test_shares_of_blocks_that_are_none_or_all_are_unfit() -> None:
     assert "is all of them" in str(get("shortgpt")(sparsity=0.9).unfit(system))
 
 
+def test_lists_of_blocks_by_number_are_renumbered() -> None:
+    config = ARCHITECTURES["llama4_text"]()
+    config.num_hidden_layers, config.moe_layers, config.layer_types = 4, [1, 3], ["full_attention"] * 4
+    config.no_rope_layers = [1] * 4
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    kinds = [type(block.feed_forward) for block in blocks(model)[1]]
+    keep_blocks(model, [0, 2, 3])
+    assert model.config.moe_layers == [2]
+    twin = AutoModelForCausalLM.from_config(model.config)
+    assert [type(block.feed_forward) for block in blocks(twin)[1]] == [kinds[place] for place in (0, 2, 3)]
+
+
+def test_a_block_that_is_what_it_is_by_its_number_cannot_take_anothers_place() -> None:
+    config = ARCHITECTURES["qwen3_moe"]()
+    config.num_hidden_layers, config.decoder_sparse_step, config.layer_types = 4, 2, ["full_attention"] * 4
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UnfitError, match="number makes it what it is"):
+        keep_blocks(model, [1, 2, 3])
+
+
 # --- LLM-Pruner
 
 
+@pytest.mark.parametrize("architecture", [*FAMILIES, "falcon"])
 def test_the_pruned_model_is_the_dense_one_with_the_groups_silenced(architecture: str, tmp_path: Path) -> None:
     dense, system = lively(architecture), lively(architecture)
     kept = {0: (torch.tensor([1]), torch.arange(5, 100)), 1: (torch.tensor([0]), torch.arange(0, 128, 3))}
@@ -297,11 +321,14 @@ def test_the_chosen_groups_lose_less_than_the_ones_that_matter_most() -> None:
 def test_unfit_reasons_are_raised_where_attention_is_unknown() -> None:
     with pytest.raises(UnfitError, match="no attention of plain matrices"):
         heads(nn.Sequential(nn.Linear(4, 4)))
+    for architecture, why in (("bloom", "a slope .ALiBi."), ("phi3", "heads from the config"), ("mixtral", "experts")):
+        assert re.search(why, str(get("llm_pruner")().unfit(random_system(architecture))))
 
 
 # --- SliceGPT
 
 
+@pytest.mark.parametrize("architecture", [*FAMILIES, "falcon", "phi3"])
 def test_a_stream_that_is_only_turned_changes_no_logits(architecture: str, tmp_path: Path) -> None:
     system = lively(architecture, 3)
     before = logits(system)

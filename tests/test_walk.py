@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, random_system
+from conftest import random_system
 from torch import Tensor, nn
 
+from effbench.coverage import ARCHITECTURES
 from effbench.errors import UnfitError
 from effbench.registry import parse
 from effbench.toolbox.inputs import Inputs
@@ -17,7 +18,9 @@ IDS = torch.arange(3, 3 + 3 * 20).view(3, 20)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_walking_is_what_the_model_does(architecture: str, attention: str) -> None:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        ARCHITECTURES[architecture](), attn_implementation=attention
+    ).eval()
     for block in walk(model, IDS):
         last = block
     with torch.no_grad():

@@ -113,41 +113,46 @@ def window_logits(
     return torch.cat(pieces, 1)
 
 
-@torch.inference_mode()
-def _logits_of(
-    system: System, ids: Tensor, *, through_cache: bool, chunk: int = CHUNK
-) -> Callable[[int, slice], Tensor]:
-    """What gives the logits (tokens, vocabulary) of some tokens of a window, of windows (batch, tokens) run once.
+class _Logits:
+    """What gives the logits of some tokens of windows that are run once.
 
     The model's head runs when they are asked for, on these tokens only, since over a large vocabulary all logits do
     not stay at hand. That is for models whose logits are what their head gives, which is seen at the first token.
     """
-    model: Any = system.model
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if through_cache or not isinstance(head, nn.Module):
-        logits = window_logits(system, ids, through_cache=through_cache, chunk=chunk)
-        return lambda row, here: logits[row, here]
-    kept: list[Tensor] = []
 
-    def keep(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        hidden = arguments[0] if arguments else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:-1] != ids.shape:
-            return None
-        kept.append(hidden)
-        return hidden[:, :1], *arguments[1:]
+    def __init__(self, system: System, *, through_cache: bool, chunk: int) -> None:
+        self._system = system
+        self._options: dict[str, Any] = {"through_cache": through_cache, "chunk": chunk}
+        head = getattr(system.model, "get_output_embeddings", lambda: None)()
+        self._head = head if isinstance(head, nn.Module) and not through_cache else None
+        self._seen = False
 
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        logits = window_logits(system, ids, through_cache=False)
-    finally:
-        handle.remove()
-    if len(kept) != 1:
-        return lambda row, here: logits[row, here]
-    hidden = kept[0]
-    if not torch.equal(head(hidden[:, :1]), logits):  # capped or scaled behind the head
-        logits = window_logits(system, ids, through_cache=False)
-        return lambda row, here: logits[row, here]
-    return torch.inference_mode()(lambda row, here: head(hidden[row : row + 1, here])[0])
+    @torch.inference_mode()
+    def of(self, ids: Tensor) -> Callable[[int, slice], Tensor]:
+        """What gives the logits (tokens, vocabulary) of the tokens `slice` of a row of windows (batch, tokens)."""
+        head = self._head
+        if head is None:
+            logits = window_logits(self._system, ids, **self._options)
+            return lambda row, here: logits[row, here]
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+            hidden = arguments[0] if arguments else None
+            if not isinstance(hidden, Tensor) or hidden.shape[:-1] != ids.shape:
+                return None
+            kept.append(hidden)
+            return hidden[:, :1], *arguments[1:]
+
+        handle = head.register_forward_pre_hook(keep)
+        try:
+            logits = window_logits(self._system, ids, **self._options)
+        finally:
+            handle.remove()
+        if not self._seen and (len(kept) != 1 or not torch.equal(head(kept[0][:, :1]), logits)):
+            self._head = None  # it runs elsewhere, or what it gives is capped or scaled
+            return self.of(ids)
+        self._seen = True
+        return torch.inference_mode()(lambda row, here: head(kept[0][row : row + 1, here])[0])
 
 
 def _batches(windows: Windows, vocabulary: int) -> Iterator[tuple[list[int], Tensor]]:
@@ -179,12 +184,14 @@ def score(
         through_cache = scored_through_cache(system)
     quality = Quality(windows)
     firsts = windows.firsts
-    at_once = max(1, SLICE_BYTES // (4 * system.config.vocab_size))
+    logits = _Logits(system, through_cache=through_cache, chunk=chunk)
     for places, ids in _batches(windows, system.config.vocab_size):
         fed = ids[:, : system.context]  # a window may be one token longer: its last one has only to be predicted
-        look = _logits_of(system, fed, through_cache=through_cache, chunk=chunk)
+        look = logits.of(fed)
         for row, place in enumerate(places):
             count, nats = quality.tokens[place], []
+            slices = -(-count * 4 * system.config.vocab_size // SLICE_BYTES)
+            at_once = max(1, -(-count // max(1, slices)))  # alike in size: each one reads the whole head
             for start in range(0, count, at_once):
                 here = slice(firsts[place] - 1 + start, firsts[place] - 1 + min(start + at_once, count))
                 log_probabilities = torch.log_softmax(look(row, here).float(), -1)

@@ -5,7 +5,7 @@
 The folder has mc/<task>.jsonl, models/gpt2-tokenizer and models/TinyStories-656K; tasks may be named behind the number.
 lm-eval's model runs at the fastest of some batch sizes. Blocks of items alternate between the two; what counts is
 processor time, of one thread. What is measured goes to results/scoring/measured.json, task by task, and the page beside
-it is written from that.
+it is written from that; tasks that are there are left out unless they are named.
 """
 
 from __future__ import annotations
@@ -251,6 +251,11 @@ def page(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _read(stored: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {"models": {}}
+    return found
+
+
 def main(data: Path, items: int, wanted: list[str]) -> None:
     import lm_eval
 
@@ -267,7 +272,7 @@ def main(data: Path, items: int, wanted: list[str]) -> None:
     }
 
     def keep(news: dict[str, Any]) -> None:
-        measured = json.loads(stored.read_text()) if stored.is_file() else {"models": {}}
+        measured = _read(stored)
         for name, found in news.pop("models", {}).items():
             measured["models"].setdefault(name, {}).update(found)
         measured |= news | about
@@ -275,18 +280,19 @@ def main(data: Path, items: int, wanted: list[str]) -> None:
         stored.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         (OUT / "README.md").write_text(page(measured), encoding="utf-8")
 
-    if not wanted or "perplexity" in wanted:
+    if "perplexity" in wanted or not wanted and "perplexity" not in _read(stored):
         keep({"perplexity": perplexity(llama_60m(data), data)})
         wanted = [task for task in wanted if task != "perplexity"]
         if sys.argv[3:] and not wanted:
             return
     systems = {
-        "Llama, 60 million random parameters, GPT-2's tokenizer": lambda: llama_60m(data),
         "TinyStories-656K": lambda: models.load(str(data / "models" / "TinyStories-656K"), "float32"),
+        "Llama, 60 million random parameters, GPT-2's tokenizer": lambda: llama_60m(data),
     }
     for name, load in systems.items():
         system = load()
-        for task in wanted or TASKS:
+        done = _read(stored)["models"].get(name, {})
+        for task in wanted or [task for task in TASKS if task not in done]:
             found = measure(system, task, data, items)
             keep({"models": {name: {task: found}}})
             print(name, task, flush=True)
