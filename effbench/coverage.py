@@ -95,8 +95,8 @@ def write(architecture: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-LIMITS = {"steps": 2, "samples": 1, "batch_size": 2, "length": 32, "blocks": 2}
-"""Standard options that are made small."""
+LIMITS = {"steps": 2, "samples": 1, "batch_size": 2, "length": 32, "blocks": 2, "window": 16}
+"""Standard options that are made small; a window so small that generating goes beyond it."""
 TOKENS = 48
 """Tokens of text on which systems are compared."""
 
@@ -235,8 +235,8 @@ Every technique on a small random checkpoint of every architecture, written to d
 again. A number is the share, in percent, of the weights in the blocks that were changed; `ok` marks techniques that
 leave weights alone; a number in brackets is the note below that says why the technique does not fit. Shares below 100
 are of weights that are kept: routers of experts, convolutions, experts that no calibration token was sent to, blocks
-that pruning left whole. `python -m effbench.coverage results/architectures` writes this page, and a test holds it;
-names of architectures after the folder try only these anew.
+that pruning left whole. `python -m effbench.coverage results/architectures` writes this page where all packages that
+techniques use are installed, and a test holds it; names of architectures after the folder try only these anew.
 """
 
 
