@@ -6,8 +6,8 @@ from pathlib import Path
 from synthetic_records import record
 from torch import nn
 
-from effbench import registry, results, suite
-from effbench.evidence import FOLDER, PRUNING, crossovers, fisher, pruning, wide
+from effbench import harness, registry, results, suite
+from effbench.evidence import FOLDER, PRUNING, crossovers, fisher, input_norms, proxies, pruning, wide
 from effbench.evidence.measure import measure
 from effbench.evidence.page import PAGES, page
 from effbench.evidence.rows import Rows
@@ -88,22 +88,39 @@ def test_a_sparse_product_is_bold_where_it_wins(tmp_path: Path) -> None:
 
 def test_the_experiment_says_which_of_both_adds_less(tmp_path: Path) -> None:
     noise = [10.0 + 0.01 * place for place in range(8)]
-    added = {"q_proj": (2, 1), "down_proj": (1, 3), fisher.TOGETHER: (5, 5)}
+    added = {"q_proj": (2, 1), "down_proj": (1, 3), proxies.TOGETHER: (5, 5)}
     rows = {
-        f"{technique} {keep} {kind}": {
-            "missed": 4.0 if technique == "svd" else 1.0,
+        f"{setting} {kind} {which}": {
+            "measure": 1.0 if place else 4.0,
+            "outputs": 3.0 if place else 2.0,
             "nats": [
-                value + both[technique == "fwsvd"] + 1e-3 * (-1) ** (place + both[0] * (technique == "svd"))
-                for place, value in enumerate(noise)
+                value + both[place] + 1e-3 * (-1) ** (turn + both[0] * (not place)) for turn, value in enumerate(noise)
             ],
         }
-        for technique in ("svd", "fwsvd")
-        for keep in fisher.KEEPS
+        for place, which in enumerate(("plain", "weighted"))
+        for setting in fisher.EXPERIMENT.pairs
         for kind, both in added.items()
     }
     (tmp_path / "ref-1m").mkdir()
     known = {"tokens": [100] * 8, "dense": noise, "rows": rows}
-    (tmp_path / "ref-1m" / fisher.RECORD).write_text(json.dumps(known))
+    (tmp_path / "ref-1m" / fisher.EXPERIMENT.record).write_text(json.dumps(known))
     lines = fisher.table(tmp_path, ["ref-1m", "ref-3m"]).lines
     assert [line.cells[-1] for line in lines] == ["fwsvd", "svd", "neither"] * 2 + ["–"]
-    assert lines[1].cells[2:5] == ["down_proj", "0.25", "+0.0100 ±0.0000"]
+    assert lines[1].cells[2:6] == ["down_proj", "0.25", "1.50", "+0.0100 ±0.0000"]
+
+
+def test_an_experiment_measures_each_kind_of_matrix_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    small = proxies.Experiment("found.json", {"2:4": input_norms.EXPERIMENT.pairs["2:4"]}, input_norms.squares)
+    asked = harness.resolve(suite.Suite(model="ref-70k", tasks=["ref_agreement"], techniques=["rtn"]))
+    small.measure(tmp_path, asked, windows=2, samples=2)
+    path = tmp_path / small.record
+    rows = json.loads(path.read_text())["rows"]
+    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", proxies.TOGETHER}
+    assert rows.keys() == {f"2:4 {kind} {which}" for kind in kinds for which in ("plain", "weighted")}
+    for kind in kinds:  # what it makes small is smaller, whatever becomes of the rest
+        assert rows[f"2:4 {kind} weighted"]["measure"] < rows[f"2:4 {kind} plain"]["measure"]
+    together = rows[f"2:4 {proxies.TOGETHER} plain"]["nats"]
+    assert all(sum(together) > sum(row["nats"]) for name, row in rows.items() if proxies.TOGETHER not in name)
+    written = path.stat().st_mtime_ns
+    small.measure(tmp_path, asked, windows=2, samples=2)
+    assert path.stat().st_mtime_ns == written

@@ -15,6 +15,7 @@ from effbench.errors import UnfitError
 from effbench.measure.memory import module_bytes, stored_bytes
 from effbench.registry import get
 from effbench.technique import System
+from effbench.toolbox.kernels import compiled
 from effbench.toolbox.ternary import (
     TernaryLinear,
     TernaryTraining,
@@ -89,6 +90,24 @@ def test_packed_it_computes_what_it_computed_in_training(
         assert packed(x).dtype == dtype and packed(x).shape == (2, 9, rows)
         plain = rounded_product(x.float(), packed.trits(), packed.scale, packed.bias)
         torch.testing.assert_close(packed(x).float(), plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_bfloat16_model_multiplies_packed_codes_by_the_kernel(rows: int) -> None:
+    if compiled.kernel() is None:
+        pytest.skip(str(compiled.absent()))
+    training = TernaryTraining(nn.Linear(96, 64))
+    packed = TernaryLinear.pack(training.weight, training.bias, "2", torch.bfloat16)
+    plain = TernaryLinear.pack(training.weight, training.bias, "2", torch.float32)
+    assert packed.tile and not plain.tile and module_bytes(packed) == module_bytes(plain)
+    assert torch.equal(packed.trits(), plain.trits()) and packed.unpacked is None
+    x = torch.randn(rows, 96).bfloat16()
+    with torch.no_grad():
+        found, expected = packed(x), training(x)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        with compiled.switched_off():
+            assert "it is switched off" in str(packed.unpacked)
+            torch.testing.assert_close(packed(x), found, rtol=1e-2, atol=1e-2)
 
 
 def test_gradients_pass_through_a_packed_layer_as_in_training() -> None:

@@ -92,3 +92,12 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
     (gptq,) = parse("gptq")
     with pytest.raises(UnfitError, match=r"^model\.layers\.1\.mlp\.gate_proj: its calibration inputs are not all fin"):
         compress_blocks(model, gptq.layer, IDS, statistics=gptq.statistics)  # type: ignore[attr-defined]
+
+
+def test_a_gram_matrix_wider_than_its_blocks_is_whole_whenever_it_is_read() -> None:
+    chunks = torch.randint(-3, 4, (2, 5, 1100), generator=torch.Generator().manual_seed(0)).float()
+    inputs, seen = Inputs(only=("gram",)), torch.zeros(1100, 1100)
+    for chunk in chunks:
+        inputs.add(chunk)
+        seen += chunk.T @ chunk
+        assert torch.equal(inputs.gram, seen)

@@ -45,17 +45,17 @@ class Experiment:
     importance: Importance
     fed: bool = False
 
-    def measure(self, folder: Path, asked: Suite) -> None:
+    def measure(self, folder: Path, asked: Suite, windows: int = WINDOWS, samples: int = SAMPLES) -> None:
         """Write all of it to the suite's `folder`, unless it is there already for the same weights and texts."""
         given = results.inputs(asked.model, asked.text, asked.calibration)
         of = {name: given[name] for name in ("weights", "texts")}
         path = folder / self.record
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("inputs") == of:
             return
-        text = json.dumps({"inputs": of, **self._found(asked)})
+        text = json.dumps({"inputs": of, **self._found(asked, windows, samples)})
         path.write_text(text.replace("}, ", "},\n") + "\n", encoding="utf-8")
 
-    def _found(self, asked: Suite) -> dict[str, Any]:
+    def _found(self, asked: Suite, limit: int, samples: int) -> dict[str, Any]:
         import torch
 
         from effbench import models
@@ -67,8 +67,8 @@ class Experiment:
         system = models.load(asked.model, "float32")
         data = data_for(asked, system)
         assert data.source is not None
-        windows = data.source.evaluation(data.context, WINDOWS)
-        ids = data.calibration(SAMPLES)
+        windows = data.source.evaluation(data.context, limit)
+        ids = data.calibration(samples)
         weights, inputs = _seen(system, ids)
         importance = self.importance(system, ids, inputs)
         kinds: dict[str, list[str]] = {}
@@ -183,7 +183,7 @@ def _computed(technique: Any, weight: Tensor, read: Any) -> Tensor:
     import torch
     from torch import nn
 
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     with torch.no_grad():
         made: Tensor = technique.layer(linear, read)(torch.eye(weight.shape[1])).T

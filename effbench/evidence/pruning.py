@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effbench import harness, suite
-from effbench.evidence import FOLDER, crossovers, fisher, wide
+from effbench.evidence import FOLDER, crossovers, fisher, input_norms, wide
 from effbench.evidence.measure import answerable
 from effbench.evidence.orderings import Ordering, of_rows
 from effbench.evidence.rows import Rows
@@ -59,16 +59,18 @@ def tables(folder: Path) -> list[Table]:
         of_rows([(found, ASKED) for found in rows], NOTES),
         of_rows([(found, OTHERS) for found in rows], EXPECTED, "Orderings that papers lead one to expect"),
         fisher.table(folder, MODELS),
+        input_norms.table(folder, MODELS),
         wide.table(folder),
         crossovers.table(folder),
     ]
 
 
 def measure(folder: Path) -> None:
-    """What is no row of a suite, unless it is there already: an experiment, and times on wide matrices."""
+    """What is no row of a suite, unless it is there already: experiments, and times on wide matrices."""
     for name in MODELS:
         asked = harness.resolve(suite.load(str(folder / name / "suite.toml")))
         if answerable(asked):
-            fisher.measure(folder / name, asked)
+            for experiment in (fisher.EXPERIMENT, input_norms.EXPERIMENT):
+                experiment.measure(folder / name, asked)
     wide.measure(folder)
     crossovers.measure(folder)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from effbench.evidence import FOLDER, execution
-from effbench.evidence.orderings import Ordering, of_rows
+from effbench import harness, suite
+from effbench.evidence import FOLDER, execution, smoothing
+from effbench.evidence.measure import answerable
+from effbench.evidence.orderings import ERRORS, Ordering, of_rows
 from effbench.evidence.rows import Rows
-from effbench.evidence.table import Line, Table, number
+from effbench.evidence.table import NOT_YET, Line, Table, errors_from, number
 
 MODELS = ("ref-1m", "ref-1m-outliers", "stories")
 """By the folder of the suite; what the reference family's own page has of a model is not measured twice."""
@@ -24,6 +26,8 @@ ASKED: dict[str, Sequence[Ordering]] = {
     "stories": FEWER_BITS,
     "ref-1m-outliers": (("awq:bits=4", "rtn:bits=4", 1), ("quarot:bits=4,method=rtn", "rtn:bits=4", 1)),
 }
+ALPHAS = tuple(f"smoothquant:alpha={alpha}" for alpha in ("0", "0.25", "0.5", "0.75", "1"))
+"""From all range left with the inputs to all of it moved into the weights."""
 NOTES = (
     "Δnats: per token above dense, ± one standard error, paired over the same windows; ref-1m: 256 windows of 511 "
     "tokens of the synthetic world; stories: TinyStories-656K on stories of its own training text, a story a window, "
@@ -39,12 +43,17 @@ def tables(folder: Path) -> list[Table]:
     return [
         _eight_bits([rows["ref-1m"], rows["stories"]]),
         of_rows([(rows[name], asked) for name, asked in ASKED.items()], NOTES),
+        _alphas(rows["ref-1m-outliers"]),
+        smoothing.table(folder, "ref-1m-outliers"),
         execution.table(folder),
     ]
 
 
 def measure(folder: Path) -> None:
-    """What is no row of a suite, unless it is there already: times of packed weights."""
+    """What is no row of a suite, unless it is there already: an experiment, and times of packed weights."""
+    asked = harness.resolve(suite.load(str(folder / "ref-1m-outliers" / "suite.toml")))
+    if answerable(asked):
+        smoothing.measure(folder / "ref-1m-outliers", asked)
     execution.measure(folder)
 
 
@@ -60,5 +69,26 @@ def _eight_bits(found: Sequence[Rows]) -> Table:
         "8 bits change nothing that matters",
         f"Nats per token above dense lie within {NATS} of it.",
         ("pipeline", *(rows.name for rows in found)),
+        lines,
+    )
+
+
+def _alphas(rows: Rows) -> Table:
+    figures = {pipeline: rows.above(pipeline) for pipeline in ALPHAS}
+    known = {pipeline: figure for pipeline, figure in figures.items() if figure}
+    best = min(known, key=lambda pipeline: known[pipeline][0]) if len(known) == len(ALPHAS) else None
+    lines = []
+    for pipeline in ALPHAS:
+        figure, step = figures[pipeline], rows.above(pipeline, best) if best else None
+        cells = [f"`{pipeline}`", number(*figure[:1], 5, figure[1], True) if figure else NOT_YET]
+        apart = step is not None and pipeline != best
+        cells += [number(step[0], 5, step[1], True), f"{errors_from(*step):.1f}"] if step and apart else [NOT_YET] * 2
+        holds = bool(step and apart and errors_from(*step) >= ERRORS) if best else rows.without(*ALPHAS)
+        lines.append(Line(cells, holds, pipeline in (ALPHAS[0], ALPHAS[-1])))
+    return Table(
+        "SmoothQuant's best alpha is neither end",
+        f"With outlier channels, both ends add more nats than the best alpha, by at least {ERRORS:.0f} paired standard "
+        "errors.",
+        ("pipeline", f"Δnats, {rows.name}", "above the best", "z"),
         lines,
     )

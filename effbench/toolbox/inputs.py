@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+GRAM_BLOCK = 512
+"""Of a Gram matrix, blocks of so many rows are summed up from the diagonal on: five eighths of the products at 2048."""
+
 
 class Inputs:
     """The calibration inputs of one matrix, or of several that share them; each statistic is computed once.
@@ -47,7 +50,10 @@ class Inputs:
     @property
     def gram(self) -> Tensor:
         """The sum over tokens of x x^T, (in, in)."""
-        return self._statistic("gram")
+        found = self._statistic("gram")
+        for start in range(GRAM_BLOCK, len(found), GRAM_BLOCK):
+            found[start : start + GRAM_BLOCK, :start] = found[:start, start : start + GRAM_BLOCK].T
+        return found
 
     @property
     def mean_abs(self) -> Tensor:
@@ -96,7 +102,9 @@ class Inputs:
         rows = chunk.float()
         width, found = rows.shape[1], self._found
         if name == "gram":
-            found.setdefault(name, rows.new_zeros(width, width)).addmm_(rows.T, rows)
+            gram = found.setdefault(name, rows.new_zeros(width, width))
+            for start in range(0, width, GRAM_BLOCK):  # what is below is the same, and filled in when it is read
+                gram[start : start + GRAM_BLOCK, start:].addmm_(rows[:, start : start + GRAM_BLOCK].T, rows[:, start:])
         elif name == "mean_abs":
             found.setdefault(name, rows.new_zeros(width)).add_(rows.abs().sum(0))
         elif name == "square_sum":

@@ -130,5 +130,9 @@ class QuantoLinear(StoredModule):
             return product if bias is None else product + bias
         return nn.functional.linear(x, self.dequantized(x.dtype), bias)
 
+    @property
+    def unpacked(self) -> str | None:
+        return None if self.bits == 8 else "codes are unpacked for each product: no kernel here reads these grids"
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

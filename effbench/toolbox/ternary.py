@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effbench.toolbox.checks import one_of
+from effbench.toolbox.kernels import compiled, words
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
+from effbench.toolbox.kernels.cpu import takes
+from effbench.toolbox.packed import fits_tile
 from effbench.toolbox.stored import StoredModule
 
 SMALLEST = 1e-5
@@ -88,16 +91,27 @@ class TernaryLinear(StoredModule):
 
     packing: bits of a weight, "2" or "1.6".
     bias, dtype: whether there is a bias, and its type.
+    tile: 0, or that of the compiled kernel, in whose layout the codes then are.
 
-    What is unpacked for a product is dropped after it.
+    On a CPU, bfloat16 rows go through the compiled kernel if the codes are laid out for it. All else unpacks them for
+    a product and drops what it unpacked.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, packing: str = "2", bias: bool = False, dtype: str = "float32"
+        self,
+        in_features: int,
+        out_features: int,
+        packing: str = "2",
+        bias: bool = False,
+        dtype: str = "float32",
+        tile: int = 0,
     ) -> None:
         one_of("packing", packing, PACKINGS)
-        super().__init__(in_features=in_features, out_features=out_features, packing=packing, bias=bias, dtype=dtype)
-        self.in_features, self.out_features, self.packing = in_features, out_features, packing
+        if tile and (packing != "2" or not fits_tile(tile, out_features, in_features, 2)):
+            raise ValueError(f"tile must be 0 or suit {out_features} rows of {in_features} weights, got {tile}")
+        options = {"packing": packing, "bias": bias, "dtype": dtype, "tile": tile}
+        super().__init__(in_features=in_features, out_features=out_features, **options)
+        self.in_features, self.out_features, self.packing, self.tile = in_features, out_features, packing, tile
         count = in_features * out_features
         size = packed_bytes(count, 2) if packing == "2" else -(-count // 5)
         self.codes: Tensor = nn.Buffer(torch.empty(size, dtype=torch.uint8))
@@ -108,9 +122,15 @@ class TernaryLinear(StoredModule):
     def pack(cls, weight: Tensor, bias: Tensor | None, packing: str, dtype: torch.dtype) -> Self:
         """The layer that rounds `weight` (out, in); `dtype` is that of the stored `bias` (out,)."""
         trits, scale = ternary(weight.detach())
-        module = cls(weight.shape[1], weight.shape[0], packing, bias is not None, str(dtype).removeprefix("torch."))
+        rows, columns = weight.shape
+        able = packing == "2" and dtype == torch.bfloat16 and weight.device.type == "cpu"
+        tile = words.TILE if able and fits_tile(words.TILE, rows, columns, 2) else 0
+        module = cls(columns, rows, packing, bias is not None, str(dtype).removeprefix("torch."), tile)
         digits = (trits + 1).to(torch.uint8)
-        module.codes = pack(digits, 2) if packing == "2" else pack_fives(digits)
+        if tile:
+            module.codes = words.pack_words(digits + 1, 2)  # the kernel's middle is 2
+        else:
+            module.codes = pack(digits, 2) if packing == "2" else pack_fives(digits)
         module.scale = scale
         if bias is not None:
             module.bias = bias.detach().to(dtype, copy=True)
@@ -118,6 +138,9 @@ class TernaryLinear(StoredModule):
 
     def trits(self) -> Tensor:
         """The weights (out, in) in {-1, 0, 1} as int8, unpacked anew by each call."""
+        if self.tile:
+            codes = words.unpack_words(self.codes, self.out_features, self.in_features, 2)
+            return codes.view(self.out_features, self.in_features).to(torch.int8).sub_(2)
         count = self.out_features * self.in_features
         digits = unpack(self.codes, count, 2) if self.packing == "2" else unpack_fives(self.codes, count)
         return (digits.view(torch.int8) - 1).view(self.out_features, self.in_features)
@@ -128,9 +151,30 @@ class TernaryLinear(StoredModule):
         if (torch.is_grad_enabled() and x.requires_grad) or not self._multiplies_int8(rows, x.device):
             return rounded_product(x, self.trits(), self.scale, bias).to(x.dtype)
         codes, factors = eight_bits(x)
+        if self.tile and takes(x, rows) and (kernel := compiled.kernel()):
+            sums = self._kernel_sums(kernel, codes.to(torch.bfloat16).view(rows, self.in_features))
+            product = sums.float().view(*x.shape[:-1], self.out_features) * (self.scale / factors)
+            return (product if bias is None else product + bias).to(x.dtype)
         sums = torch._int_mm(codes.to(torch.int8).view(rows, self.in_features), self.trits().T)
         product = sums.view(*x.shape[:-1], self.out_features) * (self.scale / factors)
         return (product if bias is None else product + bias).to(x.dtype)
+
+    def _kernel_sums(self, kernel: compiled.Kernel, codes: Tensor) -> Tensor:
+        """`codes` (rows, in) times the transposed weights, in bfloat16: by the kernel, or with many rows unpacked."""
+        ones = torch.ones(1, self.out_features, dtype=torch.float16)
+        shape = self.out_features, self.in_features
+        told = compiled.weights(self.codes, ones, None, shape, 1, 2, self.tile, "middle")
+        if len(codes) <= kernel.rows:
+            return kernel.product(codes.contiguous(), told, self.out_features)
+        return functional.linear(codes, kernel.unpacked(told, *shape))
+
+    @property
+    def unpacked(self) -> str | None:
+        if not self.tile:
+            return "codes are unpacked for each product: no kernel suits such rows, packing or dtypes"
+        if self.codes.device.type not in ("cpu", "meta"):
+            return "codes are unpacked for each product: no kernel here multiplies ternary codes"
+        return None if compiled.kernel() else f"codes are unpacked for each product: {compiled.absent()}"
 
     def _multiplies_int8(self, rows: int, device: torch.device) -> bool:
         """Whether torch's int8 product, which is exact, takes these shapes."""

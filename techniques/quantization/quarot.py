@@ -60,6 +60,8 @@ class QuaRot(Technique):
         for name, linear in found:
             if reason := misfit(linear, self.group_size):
                 return f"{name}: {reason}"
+            if not bool(linear.weight.isfinite().all()):
+                return f"{name}: it has weights that are not finite"
         return None
 
     def apply(self, system: System, data: Data) -> System:

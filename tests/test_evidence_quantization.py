@@ -1,0 +1,35 @@
+"""The page of quantization: its suites ask for what it shows, and its claims hold where the figures say so."""
+
+from pathlib import Path
+
+import pytest
+from synthetic_records import record
+
+from effbench import registry, results, suite
+from effbench.evidence import FOLDER, QUANTIZATION, quantization
+from effbench.evidence.page import PAGES, page
+
+
+def test_the_suites_ask_what_the_page_shows() -> None:
+    for name in quantization.MODELS:
+        shown = {pipeline for ordering in quantization.ASKED[name] for pipeline in ordering[:2]}
+        shown |= set(quantization.ALPHAS if name.endswith("outliers") else quantization.EIGHT_BITS)
+        asked = set(suite.load(str(QUANTIZATION / name / "suite.toml")).techniques)
+        elsewhere = FOLDER / name / "suite.toml"
+        known = set(suite.load(str(elsewhere)).techniques) if elsewhere.is_file() else set()
+        assert shown <= asked | known and asked <= shown
+        assert all(registry.canonical(pipeline) == pipeline for pipeline in asked)
+
+
+def test_a_page_without_rows_says_that_nothing_is_measured_yet(tmp_path: Path) -> None:
+    assert page(tmp_path, PAGES[QUANTIZATION]).startswith("# What quantization shows\n\n`make quantization` measures")
+
+
+@pytest.mark.parametrize(("best", "held"), [(2, [True, True]), (0, [False, True])])
+def test_the_best_alpha_is_interior_where_both_ends_add_more(tmp_path: Path, best: int, held: list[bool]) -> None:
+    folder = tmp_path / "ref-1m-outliers"
+    results.save(record("dense"), folder)
+    for place, pipeline in enumerate(quantization.ALPHAS):
+        results.save(record(pipeline, nats=0.001 * (1 + abs(place - best))), folder)
+    found = quantization.tables(tmp_path)[2]
+    assert found.claims == held and found.lines[best].cells[2:] == ["–", "–"]
