@@ -1,12 +1,13 @@
 """The page of quantization: its suites ask for what it shows, and its claims hold where the figures say so."""
 
+import json
 from pathlib import Path
 
 import pytest
 from synthetic_records import record
 
-from effbench import registry, results, suite
-from effbench.evidence import FOLDER, QUANTIZATION, quantization
+from effbench import harness, registry, results, suite
+from effbench.evidence import FOLDER, QUANTIZATION, quantization, smoothing
 from effbench.evidence.page import PAGES, page
 
 
@@ -33,3 +34,18 @@ def test_the_best_alpha_is_interior_where_both_ends_add_more(tmp_path: Path, bes
         results.save(record(pipeline, nats=0.001 * (1 + abs(place - best))), folder)
     found = quantization.tables(tmp_path)[2]
     assert found.claims == held and found.lines[best].cells[2:] == ["–", "–"]
+
+
+def test_more_is_moved_into_weights_until_they_err_more_than_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "ref-1m-outliers"
+    folder.mkdir()
+    asked = harness.resolve(suite.Suite(model="ref-70k@outliers", tasks=["ref_agreement"], techniques=["rtn"]))
+    smoothing.measure(folder, asked)
+    known = json.loads((folder / smoothing.RECORD).read_text())
+    assert known["inputs"].keys() == {"weights", "texts"} and known["weights"]["1"] > known["weights"]["0.5"]
+    assert all(known[kind].keys() == known["both"].keys() for kind in smoothing.ROUNDED)
+    assert known["both"]["0"] > 1.3 * known["both"]["0.5"]
+    for alpha, both in known["both"].items():  # two errors that know nothing of each other
+        assert both == pytest.approx(known["weights"][alpha] + known["activations"][alpha], rel=0.2)
+    table = smoothing.table(tmp_path, "ref-1m-outliers")
+    assert table.claims == [True, True] and table.lines[0].cells[0] == "0"

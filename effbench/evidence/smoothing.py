@@ -16,7 +16,8 @@ RECORD = "smoothing.json"
 ALPHAS = tuple(step / 8 for step in range(9))
 ENDS = ("0", "1")
 SAMPLES = 16
-ROUNDED = ("weights", "inputs", "both")
+ROUNDED = {"weights": "weights", "activations": "inputs", "both": "both"}
+"""What is rounded, and what the table calls it."""
 
 
 def measure(folder: Path, asked: Suite) -> None:
@@ -87,7 +88,7 @@ def table(folder: Path, name: str) -> Table:
         "What SmoothQuant rounds away",
         "The squared error of outputs over their squares, in millionths, with weights rounded to 8 bits, inputs "
         "rounded to 8 bits a token, and both; the least is bold. With both it is at neither end.",
-        ("alpha", *(f"{kind} rounded" for kind in ROUNDED)),
+        ("alpha", *(f"{name} rounded" for name in ROUNDED.values())),
         lines,
         after=(
             f"{name}: the mean over all matrices behind norms, each by itself, in float32 on {SAMPLES} sequences of "
