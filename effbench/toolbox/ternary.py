@@ -12,6 +12,7 @@ Bits stored for each weight of an m x n matrix (closed form, biases left out):
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -29,6 +30,12 @@ SMALLEST = 1e-5
 """What a mean of |w| or a largest |x| counts as if it is below that."""
 PACKINGS = ("2", "1.6")
 """Bits of a packed weight."""
+
+
+@cache
+def _ones(count: int) -> Tensor:
+    """Scales of 1 (1, count): the kernel's own are by row, and there is one for a whole ternary matrix."""
+    return torch.ones(1, count, dtype=torch.float16)
 
 
 class _Rounded(torch.autograd.Function):
@@ -93,8 +100,8 @@ class TernaryLinear(StoredModule):
     bias, dtype: whether there is a bias, and its type.
     tile: 0, or that of the compiled kernel, in whose layout the codes then are.
 
-    On a CPU, bfloat16 rows go through the compiled kernel if the codes are laid out for it. All else unpacks them for
-    a product and drops what it unpacked.
+    On a CPU, a few bfloat16 rows go through the compiled kernel if the codes are laid out for it. All else unpacks
+    them for a product and drops what it unpacked.
     """
 
     def __init__(
@@ -138,6 +145,8 @@ class TernaryLinear(StoredModule):
 
     def trits(self) -> Tensor:
         """The weights (out, in) in {-1, 0, 1} as int8, unpacked anew by each call."""
+        if self.tile and (kernel := self._kernel()):
+            return kernel.unpacked(*self._told()).to(torch.int8)
         if self.tile:
             codes = words.unpack_words(self.codes, self.out_features, self.in_features, 2)
             return codes.view(self.out_features, self.in_features).to(torch.int8).sub_(2)
@@ -151,22 +160,23 @@ class TernaryLinear(StoredModule):
         if (torch.is_grad_enabled() and x.requires_grad) or not self._multiplies_int8(rows, x.device):
             return rounded_product(x, self.trits(), self.scale, bias).to(x.dtype)
         codes, factors = eight_bits(x)
-        if self.tile and takes(x, rows) and (kernel := compiled.kernel()):
-            sums = self._kernel_sums(kernel, codes.to(torch.bfloat16).view(rows, self.in_features))
+        if takes(x, compiled.ROWS) and (kernel := self._kernel()) and rows <= kernel.rows:
+            told, _, _ = self._told()
+            sums = kernel.product(codes.to(torch.bfloat16).view(rows, self.in_features), told, self.out_features)
             product = sums.float().view(*x.shape[:-1], self.out_features) * (self.scale / factors)
             return (product if bias is None else product + bias).to(x.dtype)
         sums = torch._int_mm(codes.to(torch.int8).view(rows, self.in_features), self.trits().T)
         product = sums.view(*x.shape[:-1], self.out_features) * (self.scale / factors)
         return (product if bias is None else product + bias).to(x.dtype)
 
-    def _kernel_sums(self, kernel: compiled.Kernel, codes: Tensor) -> Tensor:
-        """`codes` (rows, in) times the transposed weights, in bfloat16: by the kernel, or with many rows unpacked."""
-        ones = torch.ones(1, self.out_features, dtype=torch.float16)
+    def _kernel(self) -> compiled.Kernel | None:
+        """The compiled kernel, if there may be one for these codes where they are."""
+        return compiled.kernel() if self.tile and self.codes.device.type == "cpu" else None
+
+    def _told(self) -> tuple[tuple[Any, ...], int, int]:
+        """What the compiled kernel has to know of the weights in {-1, 0, 1}, and their shape."""
         shape = self.out_features, self.in_features
-        told = compiled.weights(self.codes, ones, None, shape, 1, 2, self.tile, "middle")
-        if len(codes) <= kernel.rows:
-            return kernel.product(codes.contiguous(), told, self.out_features)
-        return functional.linear(codes, kernel.unpacked(told, *shape))
+        return compiled.weights(self.codes, _ones(self.out_features), None, shape, 1, 2, self.tile, "middle"), *shape
 
     @property
     def unpacked(self) -> str | None:
