@@ -7,7 +7,7 @@ import pytest
 from synthetic_records import record
 
 from effbench import harness, registry, results, suite
-from effbench.evidence import FOLDER, QUANTIZATION, quantization, smoothing
+from effbench.evidence import FOLDER, QUANTIZATION, eight_bits, quantization, smoothing
 from effbench.evidence.page import PAGES, page
 
 
@@ -32,7 +32,7 @@ def test_the_best_alpha_is_interior_where_both_ends_add_more(tmp_path: Path, bes
     results.save(record("dense"), folder)
     for place, pipeline in enumerate(quantization.ALPHAS):
         results.save(record(pipeline, nats=0.001 * (1 + abs(place - best))), folder)
-    found = quantization.tables(tmp_path)[2]
+    found = quantization.tables(tmp_path)[3]
     assert found.claims == held and found.lines[best].cells[2:] == ["–", "–"]
 
 
@@ -49,3 +49,14 @@ def test_more_is_moved_into_weights_until_they_err_more_than_inputs(tmp_path: Pa
         assert both == pytest.approx(known["weights"][alpha] + known["activations"][alpha], rel=0.2)
     table = smoothing.table(tmp_path, "ref-1m-outliers")
     assert table.claims == [True, True] and table.lines[0].cells[0] == "0"
+
+
+def test_each_kind_of_matrix_is_rounded_by_itself_and_put_back(tmp_path: Path) -> None:
+    (tmp_path / "stories").mkdir()
+    asked = harness.resolve(suite.Suite(model="ref-70k", tasks=["ref_agreement"], techniques=["rtn"]))
+    eight_bits.measure(tmp_path / "stories", asked, 2)
+    known = json.loads((tmp_path / "stories" / eight_bits.RECORD).read_text())
+    lines = eight_bits.table(tmp_path, "stories").lines
+    assert [line.cells[0] for line in lines][-1] == eight_bits.TOGETHER and len(lines) == 8
+    rows = [row for name, row in known.items() if name not in ("inputs", "tokens", "dense")]
+    assert all(row != known["dense"] and sum(row) == pytest.approx(sum(known["dense"]), rel=0.02) for row in rows)

@@ -101,3 +101,12 @@ def test_a_gram_matrix_wider_than_its_blocks_is_whole_whenever_it_is_read() -> N
         inputs.add(chunk)
         seen += chunk.T @ chunk
         assert torch.equal(inputs.gram, seen)
+
+
+def test_some_inputs_are_kept_evenly_spread_however_many_come() -> None:
+    chunks = torch.arange(3500.0).view(5, 700, 1)
+    kept, every = Inputs(chunks, only=("spread",)), Inputs(chunks)
+    assert torch.equal(kept.spread(), chunks.view(-1, 1)[::4]) and kept.tokens == 3500
+    assert torch.equal(every.spread(), chunks.view(-1, 1)[::6])
+    few = Inputs(chunks[:1, :300], only=("spread",))
+    assert torch.equal(few.spread(), chunks[0, :300])

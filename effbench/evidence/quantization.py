@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effbench import harness, suite
-from effbench.evidence import FOLDER, execution, smoothing
+from effbench.evidence import FOLDER, eight_bits, execution, smoothing
 from effbench.evidence.measure import answerable
 from effbench.evidence.orderings import ERRORS, Ordering, of_rows
 from effbench.evidence.rows import Rows
@@ -16,7 +16,7 @@ MODELS = ("ref-1m", "ref-1m-outliers", "stories")
 """By the folder of the suite; what the reference family's own page has of a model is not measured twice."""
 EIGHT_BITS = (
     "rtn:bits=8", "gptq:bits=8", "awq:bits=8", "hqq:bits=8",
-    "smoothquant", "quarot:bits=8", "llm_int8", "quanto:bits=8",
+    "smoothquant", "smoothquant:alpha=0.75", "quarot:bits=8", "llm_int8", "quanto:bits=8",
 )  # fmt: skip
 NATS = 0.002
 """What 8 bits may add or take."""
@@ -42,6 +42,7 @@ def tables(folder: Path) -> list[Table]:
     rows = {name: Rows.of(folder, name).joined(Rows.of(FOLDER, name)) for name in MODELS}
     return [
         _eight_bits([rows["ref-1m"], rows["stories"]]),
+        eight_bits.table(folder, "stories"),
         of_rows([(rows[name], asked) for name, asked in ASKED.items()], NOTES),
         _alphas(rows["ref-1m-outliers"]),
         smoothing.table(folder, "ref-1m-outliers"),
@@ -50,10 +51,11 @@ def tables(folder: Path) -> list[Table]:
 
 
 def measure(folder: Path) -> None:
-    """What is no row of a suite, unless it is there already: an experiment, and times of packed weights."""
-    asked = harness.resolve(suite.load(str(folder / "ref-1m-outliers" / "suite.toml")))
-    if answerable(asked):
-        smoothing.measure(folder / "ref-1m-outliers", asked)
+    """What is no row of a suite, unless it is there already: experiments, and times of packed weights."""
+    for name, experiment in (("stories", eight_bits.measure), ("ref-1m-outliers", smoothing.measure)):
+        asked = harness.resolve(suite.load(str(folder / name / "suite.toml")))
+        if answerable(asked):
+            experiment(folder / name, asked)
     execution.measure(folder)
 
 

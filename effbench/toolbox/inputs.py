@@ -10,12 +10,16 @@ from torch import Tensor
 GRAM_BLOCK = 512
 """Of a Gram matrix, blocks of so many rows are summed up from the diagonal on: five eighths of the products at 2048."""
 
+SPREAD = 512
+"""About how many inputs are kept of all, where some will do."""
+
 
 class Inputs:
     """The calibration inputs of one matrix, or of several that share them; each statistic is computed once.
 
     Built from chunks (tokens, in); all statistics are float32 and over all tokens. With `only`, the statistics named
-    are summed up while chunks come, and the chunks are dropped: the memory does not grow with the tokens.
+    are summed up while chunks come, and the chunks are dropped: the memory does not grow with the tokens. Among these
+    names, "spread" keeps what `spread` gives.
     """
 
     def __init__(self, chunks: Iterable[Tensor] = (), only: Sequence[str] = ()) -> None:
@@ -23,6 +27,7 @@ class Inputs:
         self.tokens = 0
         """How many tokens were seen."""
         self._only = tuple(only)
+        self._stride = 1
         self._found: dict[str, Tensor] = {}
         for chunk in chunks:
             self.add(chunk)
@@ -35,7 +40,10 @@ class Inputs:
             self.chunks.append(chunk)
             self._found.clear()
         for name in self._only:
-            self._gather(name, chunk)
+            if name == "spread":
+                self._keep(chunk)
+            else:
+                self._gather(name, chunk)
 
     @classmethod
     def of(cls, inputs: Inputs | Tensor | None) -> Inputs:
@@ -81,13 +89,22 @@ class Inputs:
         everything = torch.cat(self.chunks)
         return everything[places.to(everything.device)].float()
 
-    def every(self, stride: int) -> Tensor:
-        """Each `stride`-th input (count, in) from the first on, in float32; needs the chunks."""
-        picked, start = [], 0
+    def spread(self) -> Tensor:
+        """About 512 inputs (count, in), or all if there are fewer, evenly spread over all tokens, in float32."""
+        if self._only:
+            return torch.cat(self.chunks).float()
+        stride, picked, start = max(1, self.tokens // SPREAD), [], 0
         for chunk in self.chunks:
             picked.append(chunk[start::stride].float())
             start = (start - len(chunk)) % stride
         return torch.cat(picked)
+
+    def _keep(self, chunk: Tensor) -> None:
+        """Keep some of what comes, less often the more there is: 512 to 1023 in all."""
+        self.chunks.append(chunk[(len(chunk) - self.tokens) % self._stride :: self._stride].clone())
+        while sum(map(len, self.chunks)) >= 2 * SPREAD:
+            self._stride *= 2
+            self.chunks = [torch.cat(self.chunks)[::2].clone()]
 
     def _statistic(self, name: str) -> Tensor:
         if name not in self._found:

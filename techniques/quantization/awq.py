@@ -5,7 +5,6 @@ nothing can take them (behind GELU, or a norm that others read too), they divide
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os.path import commonprefix
@@ -28,8 +27,6 @@ STEPS = 20
 SMALLEST_SCALE = 1e-4
 CLIPS = [1 - step / 20 for step in range(10)]
 """Shares of a group's largest weight that are tried as its limit."""
-CLIP_TOKENS = 512
-"""About how many inputs the limits are chosen with."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,14 @@ class AWQ(LayerTechnique):
         groups = [tuple(group) for group in block.groups(names)]
         folds = {place.readers: place for place in find_folds(block, heads)}
         unclipped = find_products(block) | {place.source for place in folds.values() if _gives_more(block, place)}
-        parts = {group: _Part(block, group, folds.get(group)) for group in groups}
-        with ExitStack() as hooks:
-            for part in parts.values():
-                hooks.enter_context(part.noting())
-            inputs = block.inputs(names, advance=True)
+        inputs = block.inputs(names, ("gram", "mean_abs", "spread"))
         # a matrix that was never called (an idle expert) stays as it is: nothing is known about its inputs
         scales = {
-            group: self._group_scales(block, group, inputs[group[0]], parts.pop(group), folds.get(group))
+            group: self._group_scales(block, group, inputs[group[0]], folds.get(group))
             for group in groups
             if group[0] in inputs
         }
+        block.advance()
         scaling = fold(block, [(folds[group], found) for group, found in scales.items() if group in folds])
         for group, found in scales.items():
             for name in group:
@@ -113,12 +107,13 @@ class AWQ(LayerTechnique):
                 )
                 block.replace(name, layer, inputs[name])
 
-    def _group_scales(
-        self, block: Block, group: tuple[str, ...], inputs: Inputs, part: "_Part", place: Fold | None
-    ) -> Tensor:
+    def _group_scales(self, block: Block, group: tuple[str, ...], inputs: Inputs, place: Fold | None) -> Tensor:
         """The scales (in,) of matrices that are fed the same."""
         linears = [as_linear(block.module.get_submodule(name)) for name in group]
+        part = _Part(block, group, place)
         alone = part.name == group[0]
+        if not alone:  # of one part at a time, since its inputs are as many as the hidden states
+            part.note(block)
         loss = self._matrix_loss(linears[0], inputs.gram) if alone else self._part_loss(linears, part)
         scales = self._search(place.mean(inputs.mean_abs) if place else inputs.mean_abs, loss)
         return scales if place else self._storable(scales)
@@ -188,8 +183,7 @@ class AWQ(LayerTechnique):
         packing = Packing.of(linear, self.bits, self.group_size, self.symmetric, self.scale_dtype)
         groups = packing.groups(scaled.weight)
         if clip:
-            seen = Inputs.of(inputs)
-            groups = self._clipped(groups, seen.every(max(1, seen.tokens // CLIP_TOKENS)) / scales, packing.dtype)
+            groups = self._clipped(groups, Inputs.of(inputs).spread() / scales, packing.dtype)
         packed = packing.rounded(groups, scaled.bias)
         return packed if folded else ScaledLinear.of(packed, scales.to(getattr(torch, self.scale_dtype)))
 
@@ -220,14 +214,14 @@ class _Part:
         self._module = block.module.get_submodule(self.name)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Notes all calls while the context is open."""
+    def note(self, block: Block) -> None:
+        """Take down all that it is called with."""
         hook = self._module.register_forward_pre_hook(
             lambda _, args, keywords: self._calls.append((args, keywords)), with_kwargs=True
         )
         try:
-            yield
+            for call in range(len(block.hidden)):
+                block.run(call)
         finally:
             hook.remove()
 
