@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, calibrated, logits
+from conftest import calibrated, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -17,7 +17,10 @@ from effbench.toolbox.extras import lacks
 from effbench.toolbox.kernels.tiles import machine_tile
 from effbench.toolbox.walk import matrices
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+SHAPE = {
+    **{"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 512},
+    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4},
+}
 Bits = Callable[[int, int], float]
 """From outputs m and inputs n to bits of a weight."""
 
@@ -85,7 +88,7 @@ def test_bits_are_those_of_the_closed_form_after_a_pass_and_from_a_file(pipeline
     library = LIBRARIES.get(name) or ("torchao" if name.startswith("torchao") else None)
     if library and lacks(library, library):
         pytest.skip(f"{library} is not installed")
-    config = LlamaConfig(**{**SMALL, **SHAPE, "max_position_embeddings": 512})
+    config = LlamaConfig(**SHAPE)
     model = AutoModelForCausalLM.from_config(config, dtype="bfloat16").eval()
     system = System.dense(model, build_tokenizer(World().vocabulary))
     shapes = {name: tuple(linear.weight.shape) for name, linear in matrices(model)}

@@ -280,6 +280,9 @@ class SparsePackedLinear(PackedLinear):
         shape = self.out_features, self.in_features
         codes = unpack(self.codes, self.kept, self.bits)
         scales, zeros, _ = self._grids()
+        if self.store == "2:4" and self.in_features // self.groups % 4 == 0:  # as many codes in each group
+            values = decode(codes.view(*scales.shape, -1), scales, zeros).to(dtype)
+            return _fill_in(values.flatten(), self.places, self.store, shape)
         weight = decode(_fill_in(codes, self.places, self.store, shape).view(*scales.shape, -1), scales, zeros)
         kept = _fill_in(torch.ones_like(codes), self.places, self.store, shape)
         return weight.flatten(1).mul_(kept).to(dtype)
