@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,26 +22,37 @@ def input_importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
     so that beside the model, the peak is one sequence's activations and one gradient.
     """
     found: dict[str, Tensor] = {}
-    wanted = {name: model.get_submodule(name) for name, _ in matrices(model)}
+    wanted = [(model.get_submodule(name), name) for name, _ in matrices(model)]
+    with gradients(model, {module: _adding(name, module, found) for module, name in wanted}):
+        for sequence in ids.to(model.device):
+            logits = model(input_ids=sequence[None], use_cache=False).logits[0]
+            functional.cross_entropy(logits[:-1].float(), sequence[1:], reduction="sum").backward()
+    return found
+
+
+@contextmanager
+def gradients(model: Any, wanted: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """While it lasts, a backward pass hands each of these modules' weights to its function once the gradient is there.
+
+    The function drops the gradient, so that beside the model there is one at a time. No other parameter has any, and
+    all are as before in the end.
+    """
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     hooks = []
     try:
         model.requires_grad_(False)
-        for name, module in wanted.items():
+        for module, use in wanted.items():
             weight: Any = module.weight
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(_adding(name, module, found)))
+            hooks.append(weight.register_post_accumulate_grad_hook(use))
         with torch.enable_grad():
-            for sequence in ids.to(model.device):
-                logits = model(input_ids=sequence[None], use_cache=False).logits[0]
-                functional.cross_entropy(logits[:-1].float(), sequence[1:], reduction="sum").backward()
+            yield
     finally:
         for hook in hooks:
             hook.remove()
         for weight, requires_grad in before:
             weight.grad = None
             weight.requires_grad_(requires_grad)
-    return found
 
 
 def _adding(name: str, module: nn.Module, found: dict[str, Tensor]) -> Callable[[Tensor], None]:

@@ -16,6 +16,7 @@ from effbench.errors import UnfitError
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.architectures import FEEDFORWARD_SIZES, has_slopes
 from effbench.toolbox.checks import one_of, within
+from effbench.toolbox.fisher import gradients
 from effbench.toolbox.structure import Units, channels, heads, keep_units, write_config
 from effbench.toolbox.training import next_token_loss
 from effbench.toolbox.walk import blocks, matrices
@@ -98,22 +99,9 @@ def taylor(model: Any, ids: Tensor, *, vector: bool = False) -> Scores:
     scores: Scores = {}
     layers = blocks(model)[1]
     wanted = [module for module in layers.modules() if isinstance(module, nn.Linear | Conv1D)]
-    before = [(weight, weight.requires_grad) for weight in model.parameters()]
-    hooks = []
-    try:
-        model.requires_grad_(False)
-        for module in wanted:
-            module.weight.requires_grad_(True)
-            hooks.append(module.weight.register_post_accumulate_grad_hook(_scoring(module, scores, vector)))
-        with torch.enable_grad():
-            ids = ids.to(model.device)
-            next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for weight, requires_grad in before:
-            weight.grad = None
-            weight.requires_grad_(requires_grad)
+    ids = ids.to(model.device)
+    with gradients(model, {module: _scoring(module, scores, vector) for module in wanted}):
+        next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
     return scores
 
 
