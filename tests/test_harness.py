@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ BODIES = {
     "crashing": "os._exit(3)",
     "raising": "raise RuntimeError('the matrix is singular')",
     "greedy": "raise MemoryError",
+    "vast": "torch.ones(1 << 34, dtype=torch.uint8)",
     "killed": "os.kill(os.getpid(), 9)",
     "sleeping": "time.sleep(600)",
     "hoarding": "globals().update(kept=[linear.weight.clone() for _, linear in matrices(system.model)])",
@@ -78,14 +80,19 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("plugins")
 def test_every_way_to_go_wrong_is_a_row_with_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
     suite = Suite(techniques=(*BODIES, "magnitude"), timeout_seconds=15, **QUICK)
-    out = harness.run(suite, tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)  # of workers too; Linux keeps it
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, hard))
+    try:
+        out = harness.run(suite, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
     records, errors = results.load_all(out)
     assert not errors
     found = {record.pipeline: (record.status, record.reason or "") for record in records}
     assert found["dense"] == ("ok", "") and found["magnitude"] == ("ok", "")
     assert found["crashing"][0] == "failed" and "exit code 3" in found["crashing"][1]
     assert found["raising"][0] == "failed" and "singular" in found["raising"][1]
-    assert found["greedy"][0] == found["killed"][0] == "out_of_memory"
+    assert found["greedy"][0] == found["killed"][0] == found["vast"][0] == "out_of_memory"
     assert found["sleeping"][0] == "timeout" and "15 s" in found["sleeping"][1]
     assert found["hoarding"][0] == "failed" and "outside the model's parameters" in found["hoarding"][1]
     assert found["textless"] == ("unfit", "textless: this model is too small")

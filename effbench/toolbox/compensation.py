@@ -62,7 +62,7 @@ class Compensation:
         """
         places = torch.arange(len(columns), device=columns.device) if order is None else order
         columns, gone = columns[places], gone[places]
-        factor = inverse_factor(gram[places][:, places], self.damping)
+        factor = inverse_factor(gram if order is None else gram[places][:, places], self.damping)
         codes = torch.empty_like(columns, dtype=torch.uint8)
         width = self.group_size or len(columns)
         fitted: list[tuple[Tensor, Tensor]] = []
@@ -102,8 +102,12 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped, diagonal  # no more than two of these matrices at a time: of a wide one each takes a quarter of a GB
     if not failed:
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        del inverse
     if failed:
         raise UnfitError(
             f"its calibration inputs do not span enough directions for damping {damping:g}; use more samples or more "
