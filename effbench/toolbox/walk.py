@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,6 +182,13 @@ def walk(model: nn.Module, ids: Tensor | None) -> Iterator[Block]:
             if isinstance(part, ExpertList):
                 part.settle()
         calls[index].clear()
+        _trim()
+
+
+def _trim() -> None:
+    """glibc: give back what was freed between tensors that stay, else a block's temporaries add up over the blocks."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read(model: nn.Module, layers: nn.ModuleList, ids: Tensor, calls: list[list]) -> list[Tensor]:
