@@ -40,15 +40,10 @@ def check_options(sparsity: float, pattern: str, compare: str, store: str) -> No
     one_of("pattern", pattern, PATTERNS)
     one_of("compare", compare, ("matrix", "row"))
     one_of("store", store, STORES)
-    if pattern != "unstructured" and sparsity != _share(pattern):
-        raise ValueError(f"sparsity is {_share(pattern):g} with pattern={pattern}, leave it out; got {sparsity:g}")
+    if pattern != "unstructured" and sparsity != 0.5:
+        raise ValueError(f"sparsity is 0.5 with pattern={pattern}, leave it out; got {sparsity:g}")
     if store == "2:4" != pattern:
         raise ValueError(f"store=2:4 needs pattern=2:4, got {pattern}; store=bitmask takes every pattern")
-
-
-def _share(pattern: str) -> float:
-    zeros, run = numbers(pattern)
-    return zeros / run
 
 
 def numbers(pattern: str) -> tuple[int, int]:
@@ -281,8 +276,8 @@ class SparsePackedLinear(PackedLinear):
         codes = unpack(self.codes, self.kept, self.bits)
         scales, zeros, _ = self._grids()
         if self.store == "2:4" and self.in_features // self.groups % 4 == 0:  # as many codes in each group
-            values = decode(codes.view(*scales.shape, -1), scales, zeros).to(dtype)
-            return _fill_in(values.flatten(), self.places, self.store, shape)
+            values = decode(codes.view(*scales.shape, -1), scales, zeros).to(dtype).flatten()
+            return _fill_in(values, self.places, self.store, shape)
         weight = decode(_fill_in(codes, self.places, self.store, shape).view(*scales.shape, -1), scales, zeros)
         kept = _fill_in(torch.ones_like(codes), self.places, self.store, shape)
         return weight.flatten(1).mul_(kept).to(dtype)
