@@ -207,15 +207,22 @@ def _load_checkpoint(name: str, dtype: torch.dtype, device: Any, trust: Trust) -
     return System.dense(model.eval(), tokenizer)
 
 
+def is_spread(name: str, device: Any) -> bool:
+    """Whether a model's weights do not fit into what is free of the GPU, so that it lies on all GPUs and in memory."""
+    import torch
+
+    device = torch.device(device)
+    return device.type == "cuda" and weights_bytes(name) > 0.9 * torch.cuda.mem_get_info(device)[0]
+
+
 def _placement(path: str, device: Any) -> dict[str, Any]:
-    """Where transformers puts a model: one that is larger than its GPU is spread over all GPUs and memory."""
+    """Where transformers puts a model, by accelerate's device map."""
     import torch
 
     device = torch.device(device)
     if device.type != "cuda":
         return {}
-    free, _ = torch.cuda.mem_get_info(device)
-    return {"device_map": "auto"} if weights_bytes(path) > 0.9 * free else {"device_map": {"": device}}
+    return {"device_map": "auto" if is_spread(path, device) else {"": device}}
 
 
 __all__ = [
@@ -227,6 +234,7 @@ __all__ = [
     "check_dtype",
     "examine",
     "is_reference",
+    "is_spread",
     "load",
     "load_tokenizer",
     "speaks_reference",

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from effbench import models, store
 from effbench.errors import ModelError
+from effbench.jobs.row import Job
 from effbench.reference import NAMES
+from effbench.suite import Suite
 
 
 @pytest.fixture
@@ -100,6 +103,22 @@ def test_a_folder_whose_config_names_an_unknown_architecture_is_refused(folder: 
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "martian", "architectures": ["Martian"]}))
     with pytest.raises(ModelError, match="cannot be loaded"):
         models.load(str(folder))
+
+
+def test_only_a_model_larger_than_its_gpu_is_spread_and_then_not_read_back_to_one_device(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = models.weights_bytes(str(folder))
+    for free, spread in ((size, True), (2 * size, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * size))
+        assert models.is_spread(str(folder), "cuda") is spread
+        assert (models._placement(str(folder), "cuda")["device_map"] == "auto") is spread
+        job = Job(str(tmp_path), asdict(Suite(model=str(folder), device="cuda")), "dense", str(tmp_path / "system"))
+        store.save(models.load(str(folder)), tmp_path / "system", "dense")
+        monkeypatch.setattr(store, "load", lambda *_: "one device")
+        monkeypatch.setattr(job, "dense", lambda: "all devices")
+        assert job.load() == ("all devices" if spread else "one device")
+    assert models._placement(str(folder), "cpu") == {} and not models.is_spread(str(folder), "cpu")
 
 
 def test_float16_on_a_cpu_is_refused_with_the_reason() -> None:

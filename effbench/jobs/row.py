@@ -46,8 +46,13 @@ class Job:
         return models.load(suite.model, suite.dtype, suite.device, trust)
 
     def load(self) -> System:
-        """The system of this row, from where it was saved; one that cannot be, as it is loaded by its name."""
+        """The system of this row, from where it was saved; one that cannot be, as it is loaded by its name.
+
+        So is a dense model larger than the GPU: what is saved comes back to one device.
+        """
         saved = (self.system_folder / models.SAVED).is_file()
+        if self.pipeline == "dense" and models.is_spread(self.suite.model, self.suite.device):
+            saved = False
         return store.load(self.system_folder, self.suite.device) if saved else self.dense()
 
     def measure(self, name: str, work: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@
 The folder has mc/<task>.jsonl, models/gpt2-tokenizer and models/TinyStories-656K; tasks may be named behind the number.
 lm-eval's model runs at the fastest of some batch sizes. Blocks of items alternate between the two; what counts is
 processor time, of one thread. What is measured goes to results/scoring/measured.json, task by task, and the page beside
-it is written from that; tasks that are there are left out unless they are named.
+it is written from that; tasks that are there are left out unless they are named. `perplexity` and `budgets` name the page's other parts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from effbench import models
 from effbench.data import FileSource
 from effbench.measure.accuracy import SystemLM
 from effbench.measure.host import machine
+from effbench.measure.likelihood import BATCH_TOKENS
 from effbench.measure.prefixes import lay_out
 from effbench.measure.quality import score
 from effbench.measure.tasks import Asking, load_tasks, quiet
@@ -39,6 +40,7 @@ TASKS = ("hellaswag", "arc_easy", "arc_challenge", "openbookqa", "piqa", "winogr
 SIZES = {"boolq": (1, 2, 4)}
 USUAL_SIZES = (4, 8, 16)
 BLOCK = 100
+BUDGETS = (128, 256, 512, 1024, 2048, 4096, 8192)
 OUT = Path(__file__).parents[2] / "results" / "scoring"
 
 
@@ -190,6 +192,18 @@ def perplexity(system: System, data: Path, windows: int = 8, rounds: int = 5) ->
     return {"windows": len(text.ids), "seconds": seconds, "nats": nats}
 
 
+def budgets(system: System, name: str, data: Path, rounds: int = 3) -> dict[str, list[float]]:
+    """Seconds for a task's first items by the tokens that are run together, in turn."""
+    asked = [request for item in requests(name, data, 60)[1] for request in item]
+    found: dict[str, list[float]] = {str(tokens): [] for tokens in BUDGETS}
+    for number in range(rounds + 1):
+        for tokens in BUDGETS:
+            took = timed(SystemLM(system, batch_tokens=tokens), asked)[0]
+            if number:
+                found[str(tokens)].append(took)
+    return found
+
+
 def page(measured: dict[str, Any]) -> str:
     lines = [
         "# Scoring beside lm-eval's own model",
@@ -234,6 +248,23 @@ def page(measured: dict[str, Any]) -> str:
             ratio = np.median(np.array(found["seconds"]["ours"]) / np.array(seconds))
             note = " (the fastest)" if name == fastest else ""
             lines.append(f"| {name}{note} | {np.median(seconds):.2f} | {found['nats'][name]:.3f} | {ratio:.3f} |")
+        lines.append("")
+    if "budgets" in measured:
+        lines += [
+            "## Tokens that are run together",
+            "",
+            f"Seconds for 60 items of {', '.join(next(iter(measured['budgets'].values())))} by the tokens in a batch, "
+            f"by those at {BATCH_TOKENS['cpu']:,}, which is what a CPU is given (medians of rounds in turn).",
+            "",
+            f"| model | task | {' | '.join(f'{tokens:,}' for tokens in BUDGETS)} |",
+            "|---|---|" + "---:|" * len(BUDGETS),
+        ]
+        for name, tasks in measured["budgets"].items():
+            for task, seconds in tasks.items():
+                middle = {tokens: float(np.median(took)) for tokens, took in seconds.items()}
+                own = middle[str(BATCH_TOKENS["cpu"])]
+                cells = [f"{middle[str(tokens)] / own:.2f}" for tokens in BUDGETS]
+                lines.append(f"| {name} | {task} | {' | '.join(cells)} |")
         lines.append("")
     left = sum(row.get("left_out", 0) for found in measured["models"].values() for row in found.values())
     added = sum(row["added_again"] for found in measured["models"].values() for row in found.values())
@@ -289,6 +320,12 @@ def main(data: Path, items: int, wanted: list[str]) -> None:
         "TinyStories-656K": lambda: models.load(str(data / "models" / "TinyStories-656K"), "float32"),
         "Llama, 60 million random parameters, GPT-2's tokenizer": lambda: llama_60m(data),
     }
+    if "budgets" in wanted:
+        tasks = ("arc_easy", "piqa")
+        keep(
+            {"budgets": {name: {task: budgets(load(), task, data) for task in tasks} for name, load in systems.items()}}
+        )
+        return
     for name, load in systems.items():
         system = load()
         done = _read(stored)["models"].get(name, {})
