@@ -5,7 +5,8 @@
 The folder has mc/<task>.jsonl, models/gpt2-tokenizer and models/TinyStories-656K; tasks may be named behind the number.
 lm-eval's model runs at the fastest of some batch sizes. Blocks of items alternate between the two; what counts is
 processor time, of one thread. What is measured goes to results/scoring/measured.json, task by task, and the page beside
-it is written from that; tasks that are there are left out unless they are named. `perplexity` and `budgets` name the page's other parts.
+it is written from that; tasks that are there are left out unless they are named. `perplexity` and `budgets` name the
+page's other parts.
 """
 
 from __future__ import annotations
