@@ -51,7 +51,9 @@ def test_rolling_log_likelihood_equals_that_of_lm_eval_s_own_model() -> None:
     system = random_system("llama", torch.float32)
     text = " ".join(World().vocabulary[10:900])
     asked = [Instance("loglikelihood_rolling", {}, (text,), 0)]
-    theirs = HFLM(pretrained=system.model, tokenizer=system.tokenizer, batch_size=1, device="cpu", max_length=512)
+    theirs = HFLM(
+        pretrained=system.model, tokenizer=system.tokenizer, batch_size=1, device="cpu", max_length=system.context
+    )
     assert SystemLM(system).loglikelihood_rolling(asked)[0] == pytest.approx(
         theirs.loglikelihood_rolling(asked)[0], rel=1e-5
     )
