@@ -27,7 +27,7 @@ from effbench.measure.statistics import trimmed_mean
 from effbench.results import Record
 from effbench.technique import Generation, System
 
-LOOSE, MOST_TIMES, FEWEST = 0.01, 3, 8
+LOOSE, MOST_TIMES, FEWEST = 0.02, 3, 8
 """With a standard error of the ratio above this there are up to so many times as many rounds; of fewer than `FEWEST`
 rounds the error itself says little, and they are left as they are."""
 
