@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from small_models import VOCABULARY, build
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from effbench import models, registry, store
 from effbench.data import Data
@@ -21,50 +20,8 @@ from effbench.technique import System
 from effbench.toolbox.decoding import cache_argument, forward
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-VOCABULARY = 40
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GATED = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 48}
-MODELS = {
-    "llama": GATED,
-    "qwen3": {**GATED, "head_dim": 16},
-    "gpt2": SMALL,
-    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "gpt_neox": {**SMALL, "intermediate_size": 48},
-    "mistral": {**GATED, "sliding_window": 24},
-    "gptj": {**SMALL, "rotary_dim": 4},
-    "cohere": GATED,
-    "gemma3_text": {
-        **GATED,
-        "head_dim": 8,
-        "sliding_window": 9,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}
 ROTARY = ["llama", "qwen3", "gpt_neox", "mistral", "cohere", "gemma3_text"]
 LEARNED = ["gpt2", "opt"]
-
-
-def build(kind: str, seed: int = 0, **options: object) -> System:
-    """A random model in float32, its weights large enough for attention to be sharp."""
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[kind](**{**MODELS[kind], **options})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<unk>")), unk_token="<unk>")
-    return System.dense(model, tokenizer)
 
 
 def streaming(system: System, sinks: int = 4, window: int = 8, positions: str = "cache") -> System:
