@@ -43,33 +43,40 @@ def lawful() -> list[training.Run]:
     counts = [training.block_parameters(SIZES[size]) for size in SIZES]
     exact = [1.1 + 0.45 * (count / counts[0]) ** -0.3 for count in counts]
     assert training.law(counts, exact) == pytest.approx((1.1, 0.45, 0.3), rel=1e-4)
-    return [run(size, nats, 0.001) for size, nats in zip(SIZES, exact, strict=True)]
+    return [run(size, nats, 0.001, seed) for size, nats in zip(SIZES, exact, strict=True) for seed in range(3)]
 
 
 def test_neighbouring_sizes_have_to_lie_five_paired_errors_apart() -> None:
     found = lawful()
     assert [line.holds for line in training.scaling(found).lines] == [True] * 6
-    gap = found[3].nats - found[2].nats  # the standard error of 256 rows with noise 16 is 1
+    gap = found[9].nats - found[6].nats  # the standard error of 256 rows with noise 16 is 1
     for errors, holds in ((6, True), (4, False)):
-        noisy = [*found[:3], run("550k", found[3].nats, -gap / errors * 16), *found[4:]]
-        line = training.scaling(noisy).lines[3]
-        assert float(line.cells[6]) == pytest.approx(-errors, rel=0.05) and line.holds is holds
-    assert training.scaling([*found[:5], run("3m", found[5].nats, rows=False)]).lines[5].holds is None
+        noisy = [run("550k", found[9].nats, -gap / errors * 16) for _ in range(3)]
+        line = training.scaling([*found[:9], *noisy, *found[12:]]).lines[3]
+        assert float(line.cells[7]) == pytest.approx(-errors, rel=0.05) and line.holds is holds
+    assert training.scaling([*found[:17], run("3m", found[17].nats, rows=False)]).lines[5].holds is None
 
 
 def test_seeds_of_a_size_count_by_their_mean() -> None:
     found = lawful()
-    first = found[0]
-    apart = [replace(first, nats=first.nats + off, seed=seed) for seed, off in enumerate((-0.1, 0.0, 0.1))]
-    line = training.scaling([*apart, *found[1:]]).lines[0]
-    assert line.cells[2:5] == ["3", f"{first.nats:.4f}", "0.2000"] and line.holds
+    apart = [replace(one, nats=one.nats + off) for one, off in zip(found[:3], (-0.1, 0.0, 0.1), strict=True)]
+    line = training.scaling([*apart, *found[3:]]).lines[0]
+    assert line.cells[2:6] == ["1", "3", f"{found[0].nats:.4f}", "0.2000"] and line.holds
+    assert training.scaling([*apart[:2], *found[3:]]).lines[0].holds is None
 
 
 def test_a_size_off_the_law_is_named() -> None:
     found = lawful()
-    found[2] = replace(found[2], nats=found[2].nats + 0.02)
-    assert not all(line.holds for line in training.scaling(found).lines)
-    assert training.scaling(found[:5]).claims == [None] * 5
+    off = [replace(one, nats=one.nats + 0.02) for one in found[6:9]]
+    assert not all(line.holds for line in training.scaling([*found[:6], *off, *found[9:]]).lines)
+    assert training.scaling(found[:15]).claims == [None] * 5
+
+
+def test_the_law_is_of_the_longest_runs_of_a_size() -> None:
+    found = lawful()
+    short = [replace(one, nats=one.nats + 0.5, tokens=one.tokens // 2, ships=True) for one in found[::3]]
+    mixed = training.scaling([*short, *found])
+    assert mixed == training.scaling(found) and mixed.claims == [True] * 6
 
 
 def test_accuracy_stands_beside_its_error_and_what_guessing_gives(tmp_path: Path) -> None:
