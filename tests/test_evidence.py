@@ -72,10 +72,11 @@ def test_a_size_off_the_law_is_named() -> None:
     assert training.scaling(found[:15]).claims == [None] * 5
 
 
-def test_the_law_is_of_the_longest_runs_of_a_size() -> None:
+def test_the_law_is_of_the_longest_runs_in_three_seeds() -> None:
     found = lawful()
     short = [replace(one, nats=one.nats + 0.5, tokens=one.tokens // 2, ships=True) for one in found[::3]]
-    mixed = training.scaling([*short, *found])
+    long = replace(found[0], nats=found[0].nats - 0.5, tokens=2 * found[0].tokens)  # a single seed
+    mixed = training.scaling([*short, *found, long])
     assert mixed == training.scaling(found) and mixed.claims == [True] * 6
 
 

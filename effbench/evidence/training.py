@@ -1,9 +1,8 @@
 """How the family was trained: sizes, seeds, losses, and the power law that they follow.
 
-The law is of the longest runs of each size, of which only the figures are kept. What ships read less where more would
-leave the tasks no room: the longer 1m and 3m read, the nearer their sums come to always right. And 70k is in the midst
-of learning facts where larger ones have long learned them, so that its loss depends on the seed more than on its size;
-it reads on until they are learned.
+The law is of longer runs than those that ship, and only their figures are kept. 1m and 3m ship as they were before
+their sums came near to always right, since a task has to leave room. 70k reads twice what the others read: on as much
+as they do it is in the midst of learning facts, and its loss depends on the seed more than on anything.
 """
 
 from __future__ import annotations
@@ -101,7 +100,10 @@ def losses(found: Sequence[Run]) -> Table:
         "Held-out nats per token after training, in all and by kind of token.",
         ("trained", "parameters", "tokens (M)", "minutes", "nats", *kinds),
         lines,
-        after=(f"parameters are those of the blocks; trained on: {devices}",),
+        after=(
+            f"parameters are those of the blocks; trained on: {devices}",
+            "`python -m effbench.reference.train SIZE --seed SEED --tokens TOKENS` trains any of them again",
+        ),
     )
 
 
@@ -185,7 +187,7 @@ def scaling(found: Sequence[Run]) -> Table:
         lines.append(Line(cells, holds if is_known else None))
     after = [
         "to the smaller: ± one standard error, paired over the same held-out rows",
-        "of each size its longest runs, which it needs to learn the facts; shorter ones stand above",
+        f"of each size the longest runs of {SEEDS} seeds; all others stand above",
     ]
     if math.isfinite(offset):
         term = f"{offset:.3f} + {height:.3f} (N / {counts[0]:,})^-{alpha:.3f}"
@@ -204,10 +206,15 @@ def scaling(found: Sequence[Run]) -> Table:
 
 
 def _longest(found: Sequence[Run]) -> list[list[Run]]:
-    """The runs of each size that read the most tokens, smallest size first."""
-    sizes = [[run for run in found if run.size == size] for size in {run.size: None for run in found}]
-    sizes.sort(key=lambda some: some[0].parameters)
-    return [[run for run in some if run.tokens == max(run.tokens for run in some)] for some in sizes]
+    """Of each size the longest runs that come in enough seeds, or else the longest; smallest size first."""
+    groups: dict[int, dict[int, list[Run]]] = {}
+    for run in found:
+        groups.setdefault(run.parameters, {}).setdefault(run.tokens, []).append(run)
+    return [max(lengths.values(), key=_seeds_then_tokens) for _, lengths in sorted(groups.items())]
+
+
+def _seeds_then_tokens(some: Sequence[Run]) -> tuple[bool, int]:
+    return len(some) >= SEEDS, some[0].tokens
 
 
 def _step(smaller: Sequence[Run], larger: Sequence[Run]) -> tuple[float, float] | None:

@@ -58,7 +58,7 @@ SIZES = {
 """By the number of parameters in the blocks; 150k and 550k do not ship."""
 
 TOKENS = 9_000_000
-"""What every size reads, so that losses of two sizes differ by size alone."""
+"""What the shipped checkpoints have read."""
 
 BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
