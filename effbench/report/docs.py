@@ -53,15 +53,9 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
 
 def blocks(root: Path = ROOT) -> dict[str, str]:
     """The README's generated blocks, by name."""
-    families: dict[str, list[registry.Entry]] = {}
-    for entry in registry.entries().values():
-        if entry.path is not None:  # what else is installed here is not part of this project
-            families.setdefault(entry.family, []).append(entry)
-    listed = [
-        f"- **{family.replace('_', ' ')}**: "
-        + "; ".join(f"`{entry.name}` ({_lower(entry.summary)})" for entry in found)
-        for family, found in sorted(families.items())
-    ]
+    own = [entry for entry in registry.entries().values() if entry.path is not None]  # not what else is installed here
+    listed = ["| technique | family | what it does |", "|---|---|---|"]
+    listed += [f"| `{e.name}` | {e.family.replace('_', ' ')} | {_escaped(_first_sentence(e.summary))} |" for e in own]
     columns = ["| column | unit | better | how it is measured |", "|---|---|---|---|"]
     columns += [f"| `{c.name}` | {c.unit} | {c.better} | {_escaped(c.meaning)} |" for c in COLUMNS]
     made = {"techniques": "\n".join(listed) + "\n", "columns": "\n".join(columns) + "\n"}
@@ -71,10 +65,8 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
     return made
 
 
-def _lower(summary: str) -> str:
-    """A summary's first sentence as part of another one."""
-    text = summary.partition(". ")[0].rstrip(".")
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+def _first_sentence(summary: str) -> str:
+    return summary.partition(". ")[0].rstrip(".")
 
 
 def _escaped(text: str) -> str:
