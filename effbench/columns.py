@@ -94,7 +94,15 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "nll_difference_stderr", "nats", "", True, 4, "standard error of the paired difference", derived=True, title="±"
     ),
-    Column("word_perplexity", "", "lower", True, 3, "the same nats over the words of the text, as the protocol counts"),
+    Column(
+        "word_perplexity",
+        "",
+        "lower",
+        True,
+        3,
+        "the same nats over the words of the text, as the protocol counts; a task's, as lm-eval counts them",
+        title="word ppl",
+    ),
     Column("byte_perplexity", "", "lower", True, 4, "the same nats over the UTF-8 bytes of the text"),
     *_ends("nll_difference", "nats", True, 4, "documents"),
     *_claim("nll_difference", "nats", True, 4, "these windows"),
@@ -136,7 +144,6 @@ COLUMNS: tuple[Column, ...] = (
         "mean accuracy if a choice's log-likelihood is divided by its characters, over the tasks that publish it",
         title="acc norm",
     ),
-    Column("word_perplexity", "", "lower", True, 3, "perplexity of a word, as lm-eval counts them", title="word ppl"),
     Column("kl_to_dense", "nats", "lower", True, 4, "mean KL(dense || this) per token", title="KL"),
     Column("top1_agreement", "", "higher", True, 3, "share of tokens with the same best next token as dense"),
     *_ends("kl_to_dense", "nats", True, 4, "documents"),

@@ -16,9 +16,10 @@ from synthetic_records import TOKENS, WINDOWS, ended, record, write
 
 import effbench
 from effbench import results
+from effbench.columns import COLUMNS
 from effbench.measure.derived import Row, rows
 from effbench.report import chart, terminal
-from effbench.report.frame import row_dicts
+from effbench.report.frame import column_names, row_dicts
 from effbench.report.markdown import markdown
 from effbench.report.page import page
 from effbench.report.progress import BarProgress, PlainProgress
@@ -138,6 +139,12 @@ def test_a_figure_that_is_not_finite_is_missing_and_says_so(found: list[Row]) ->
     row.values["nll_per_token"] = math.nan
     (line,) = row_dicts(rows([row]))
     assert line["nll_per_token"] is None and "finite" in line["missing"]["nll_per_token"]
+
+
+def test_a_column_stands_once_in_the_frame(found: list[Row]) -> None:
+    found[0].values |= {column.name: 1.0 for column in COLUMNS}
+    names = column_names(found)
+    assert len(names) == len(set(names)) and {column.name for column in COLUMNS} <= set(names)
 
 
 def test_every_missing_value_of_the_frame_has_a_reason(folder: Path) -> None:
