@@ -21,7 +21,19 @@ from effbench.measure.derived import Row, accuracy_differences, nats_difference,
 from effbench.protocols import DOCUMENT
 from effbench.results import Record, load_all
 
-SETTINGS = ("protocol", "window", "dtype", "device", "tasks", "limit", "batch", "prompt_tokens", "new_tokens")
+SETTINGS = (
+    "protocol",
+    "window",
+    "dtype",
+    "device",
+    "tasks",
+    "num_fewshot",
+    "apply_chat_template",
+    "limit",
+    "batch",
+    "prompt_tokens",
+    "new_tokens",
+)
 """What has to be the same for two rows to answer the same question; paths may differ, their content may not."""
 GROWING = (
     "overlap",
@@ -134,7 +146,7 @@ def _read(folder: Path) -> dict[tuple[str, int], Row]:
 
 
 def _same_question(was: Record, now: Record, old: Path, new: Path) -> None:
-    usual = {"protocol": DOCUMENT}  # what was measured before there were others
+    usual = {"protocol": DOCUMENT, "apply_chat_template": False}  # what was measured before there were others
     one, other = ({**usual, **record.settings, "model": Path(record.model).name} for record in (was, now))
     for name in ("model", *SETTINGS):
         if one.get(name) != other.get(name):

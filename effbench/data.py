@@ -209,7 +209,7 @@ def read_documents(path: Path, *, blank: bool = False) -> list[str]:
         raise TextError(f'text must be a .txt file, or a .jsonl file with a "text" in each line; got {path.name}')
     try:
         text = path.read_text(encoding="utf-8")
-        lines = text.splitlines() if path.suffix == ".jsonl" else []
+        lines = text.split("\n") if path.suffix == ".jsonl" else []
         documents = [json.loads(line)["text"] for line in lines if line.strip()] if lines else [text]
     except UnicodeDecodeError:
         raise TextError(f"{path} is not UTF-8 text; convert it first") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,8 +37,10 @@ def run(suite: Suite, out: Path | None = None, progress: Progress | None = None)
     pipelines = check(suite)
     inputs = results.inputs(suite.model, suite.text, suite.calibration, suite.task_data)
     out = out or default_folder(suite, inputs)
-    _prepare(out, suite, pipelines, inputs)
+    _prepare(out, suite, inputs)
     with _locked(out), tempfile.TemporaryDirectory(prefix="effbench-") as scratch:
+        asked = {**asdict(suite), "techniques": pipelines, "inputs": inputs}
+        results.write_atomically(out / "run.json", json.dumps(asked, indent=1) + "\n")
         rows = [record_for(out, suite, pipeline) for pipeline in pipelines]
         Schedule(suite, out, Path(scratch), rows, progress or Silent()).work()
     return out
@@ -65,7 +67,8 @@ def resolve(suite: Suite) -> Suite:
     tasks = suite.tasks
     if not tasks and models.speaks_reference(suite.model) and suite.text is None:
         tasks = tuple(registry.tasks())
-    return replace(suite, device=device, threads=threads, tasks=tasks)
+    dtype = models.saved_dtype(suite.model) or suite.dtype
+    return replace(suite, device=device, threads=threads, tasks=tasks, dtype=dtype)
 
 
 def resolve_device(asked: str) -> str:
@@ -141,7 +144,7 @@ def default_folder(suite: Suite, inputs: dict[str, str]) -> Path:
     return Path("runs") / f"{suite.name}-{model}-{hashlib.sha256(question.encode()).hexdigest()[:8]}"
 
 
-def _prepare(out: Path, suite: Suite, pipelines: Sequence[str], inputs: dict[str, str]) -> None:
+def _prepare(out: Path, suite: Suite, inputs: dict[str, str]) -> None:
     """Make the folder and see that what lies in it belongs to this question."""
     for path in (out / "records").glob("*.json") if out.is_dir() else []:
         _same_question(out, results.load(path), suite, inputs)
@@ -149,8 +152,6 @@ def _prepare(out: Path, suite: Suite, pipelines: Sequence[str], inputs: dict[str
         (out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise RecordError(f"cannot write to {out} ({reason.strerror}); choose another folder with --out") from None
-    asked = {**asdict(suite), "techniques": list(pipelines), "inputs": inputs}
-    results.write_atomically(out / "run.json", json.dumps(asked, indent=1) + "\n")
 
 
 def _same_question(out: Path, record: Record, suite: Suite, inputs: dict[str, str]) -> None:

@@ -128,6 +128,16 @@ def load(
     return _load_checkpoint(name, kind, device, trust)
 
 
+def saved_dtype(name: str) -> str | None:
+    """The dtype in which a saved system comes, whatever is asked for; `None` for any other model."""
+    folder = Path(name).expanduser()
+    try:
+        found: dict[str, Any] = json.loads((folder / "model" / "structure.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # `check` says what is wrong with it
+    return str(found.get("dtype")) if (folder / SAVED).is_file() else None
+
+
 def context(name: str, trust: Trust = CAREFUL) -> int | None:
     """The tokens that a model was made for, without loading it; `None` where its config does not say."""
     from transformers import AutoConfig
@@ -145,10 +155,16 @@ def context(name: str, trust: Trust = CAREFUL) -> int | None:
 
 
 def weights_bytes(name: str) -> int:
-    """Bytes of a local model's weights on disk; 0 where they are not on this machine."""
+    """Bytes of a model's weights on disk, safetensors or else pickled; 0 where they are not on this machine."""
     base = name.partition("@")[0]
     folder = reference.folder(base) if base in reference.NAMES else Path(name).expanduser()
-    return sum(path.stat().st_size for path in folder.glob("**/*.safetensors")) if folder.is_dir() else 0
+    if not folder.is_dir() and name.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    found = ([path.stat().st_size for path in folder.glob(f"**/*{end}")] for end in (".safetensors", ".bin"))
+    return sum(next(filter(None, found), []))
 
 
 def check_dtype(dtype: str, device: str) -> None:

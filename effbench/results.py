@@ -21,6 +21,8 @@ from effbench.errors import RecordError
 
 SCHEMA = 1
 STATUSES = ("ok", "unfit", "failed", "out_of_memory", "timeout")
+BESIDE_WEIGHTS = (".json", ".bin", ".pt", ".model", ".txt", ".py", ".jinja")
+"""Of a checkpoint: config, structure, tokenizer, code of its own, and weights of other formats."""
 PACKAGES = ("torch", "transformers", "lm-eval", "numpy", "safetensors")
 
 
@@ -165,9 +167,11 @@ def inputs(model: str, *texts: str | None) -> dict[str, str]:
     which may be folders. The same ones, the same rows."""
     base = model.partition("@")[0]
     folder = reference.folder(base) if base in reference.NAMES else Path(model).expanduser()
-    weights = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    parts = files(folder) if folder.is_dir() else []
+    weights = [path for path in parts if path.suffix == ".safetensors"]
+    rest = [path for path in parts if path.suffix in BESIDE_WEIGHTS]
     given = [path for text in texts if text for path in files(Path(text))]
-    return {"code": code_digest(), "weights": digest(weights), "texts": digest(given)}
+    return {"code": code_digest(), "weights": digest(weights), "config": digest(rest), "texts": digest(given)}
 
 
 def files(path: Path) -> list[Path]:
@@ -196,7 +200,7 @@ def provenance() -> dict[str, Any]:
             packages[name] = None
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--", "effbench", "techniques", "tasks")),
         "code": code_digest(),
         "effbench": version("effbench"),
         "python": platform.python_version(),

@@ -9,6 +9,7 @@ with one dense worker that serves the whole run.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -88,6 +89,9 @@ class Schedule:
         assert suite.threads is not None
         self.suite, self.out, self.scratch, self.progress = suite, out, scratch, progress
         for row in rows:
+            if row.status == "timeout" and suite.timeout_seconds > row.provenance.get("timeout_seconds", math.inf):
+                row.status, row.reason = "running", None  # it is given more time than it had
+                results.save(row, out)
             if row.status == "running" and _is_whole(row):  # the run was killed between its last measure and this
                 row.status = "ok"
                 results.save(row, out)
@@ -138,6 +142,8 @@ class Schedule:
             return
         self.ended: dict[int, tuple[int, bool]] = {}
         self._start_dense()
+        if "dense" not in todo:
+            self._strays()  # the run may have been killed between the dense row's rounds and these
         for pipeline in todo:
             gone = self.ended.get(self.worker)
             if gone and gone[0] not in (OUT_OF_MEMORY, -9):
@@ -172,7 +178,8 @@ class Schedule:
         assert self.suite.threads is not None
         if self.worker not in self.ended:
             done = self._wait(self._submit(pipeline, "speed", self.suite.threads, socket=str(self.socket)))
-            if done[0] not in (OUT_OF_MEMORY, -9) or pipeline == "dense":
+            code, late, _ = done
+            if late or code not in (OUT_OF_MEMORY, -9) or pipeline == "dense":
                 return done
             self.workers.cancel(self.worker)
             self._wait(self.worker)
@@ -252,6 +259,7 @@ class Schedule:
             if code != 0 and timed_out:
                 limit = self.suite.timeout_seconds
                 record.status, record.reason = "timeout", f"{doing} took longer than {limit} s (--timeout)"
+                record.provenance["timeout_seconds"] = limit
             elif code in (OUT_OF_MEMORY, -9):
                 record.status, record.reason = "out_of_memory", f"{doing} ran out of memory"
             elif code != 0:

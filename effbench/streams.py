@@ -134,7 +134,7 @@ def _wikitext(path: Path) -> list[str]:
     """The rows of WikiText's data set from either form of its text; empty for another text."""
     text = read_documents(path)[0] if path.suffix == ".txt" else ""
     if re.fullmatch(r"(?: \n| [^\n]* \n)+", text):
-        return ["" if line.isspace() else line for line in text.splitlines(keepends=True)]
+        return ["" if line.isspace() else line for line in re.findall(r"[^\n]*\n", text)]
     if re.fullmatch(r"(?: [^\n]* \n)?(?:\n\n(?: [^\n]* \n)?)+", text):
         return re.findall(r"(?:^|\n\n)( [^\n]* \n|)", text)
     return []

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LATER = ("num_fewshot", "apply_chat_template", "task_data", "conditions", "dense_runs")
 """Fields that older records do not know; left out of the settings where they ask for nothing."""
 
+COUNTS = ("limit", "threads", "batch", "prompt_tokens", "new_tokens", "rounds", "dense_runs", "timeout_seconds")
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -63,8 +65,10 @@ class Suite:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("limit", "threads", "batch", "prompt_tokens", "rounds", "dense_runs", "timeout_seconds"):
+        for name in COUNTS:
             value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} must be a whole number, got {value!r}")
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -99,7 +103,8 @@ class Suite:
         """How many rows are applied and scored side by side: two on a CPU, if there is memory for two."""
         if self.device != "cpu" or self.threads == 1:
             return 1
-        return 2 if 12 * models.weights_bytes(self.model) < psutil.virtual_memory().available else 1
+        size = models.weights_bytes(self.model)
+        return 2 if 0 < 12 * size < psutil.virtual_memory().available else 1
 
     @property
     def asking(self) -> Asking:

@@ -113,6 +113,12 @@ def test_the_python_door_asks_the_same_and_gives_a_frame(
         effbench.run("ref-1m", limits=5)
 
 
+def test_counts_are_whole_numbers() -> None:
+    for value in (1.5, "5", True):
+        with pytest.raises(UsageError, match="limit must be a whole number"):
+            ask(limit=value)
+
+
 def test_a_suite_of_ones_own_keeps_what_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('model = "ref-300k"\nlimit = 9\ntechniques = ["svd"]\n')

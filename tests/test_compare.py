@@ -168,8 +168,10 @@ def test_a_figure_that_is_no_longer_measured_is_a_regression_also_where_it_is_na
         (lambda row: row.provenance.update(data_hash="other"), "scored different text for 'dense'"),
         (lambda row: row.settings.update(dtype="float32"), "dtype is 'bfloat16' in one and 'float32' in the other"),
         (lambda row: row.samples.update({"correct/ref_copying": [1]}), "other items of ref_copying"),
+        (lambda row: row.settings.update(num_fewshot=5), "num_fewshot is None in one and 5 in the other"),
+        (lambda row: row.settings.update(apply_chat_template=True), "apply_chat_template is False in one and True"),
     ],
-    ids=["text", "dtype", "items"],
+    ids=["text", "dtype", "items", "fewshot", "chat"],
 )
 def test_runs_that_did_not_measure_the_same_are_refused(
     tmp_path: Path, spoil: Callable[[Record], None], message: str

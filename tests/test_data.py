@@ -37,6 +37,13 @@ def test_each_document_of_a_jsonl_file_starts_with_the_start_token_and_is_scored
     assert all(ids[0] == TOKENIZER.bos_token_id for ids in windows.ids)
 
 
+def test_a_line_of_jsonl_ends_at_its_newline_only(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\u0085four\u2029five"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    assert read_documents(tmp_path / "a.jsonl") == texts
+
+
 def test_scored_bytes_are_those_of_the_text_behind_the_first_token(tmp_path: Path) -> None:
     path, calibration = tmp_path / "text.txt", tmp_path / "more.txt"
     path.write_text(words(10))

@@ -10,7 +10,8 @@ import torch
 from conftest import random_model, random_system
 from safetensors.torch import load_file, save_file
 
-from effbench import models, store
+from effbench import harness, models, registry, results, store
+from effbench.data import Data
 from effbench.errors import ModelError
 from effbench.jobs.row import Job
 from effbench.reference import NAMES
@@ -139,6 +140,32 @@ def test_a_saved_member_of_the_family_still_speaks_its_language(tmp_path: Path) 
     store.save(models.load("ref-70k"), tmp_path / "saved", "dense")
     assert models.speaks_reference(str(tmp_path / "saved")) and models.speaks_reference("ref-1m@outliers")
     assert not models.speaks_reference("someone/model")
+
+
+def test_a_saved_system_is_measured_in_the_dtype_that_it_has(tmp_path: Path) -> None:
+    store.save(models.load("ref-70k", "float32"), tmp_path / "saved", "dense")
+    suite = Suite(model=str(tmp_path / "saved"), device="cpu", threads=1)
+    assert suite.dtype == "bfloat16" and harness.resolve(suite).dtype == "float32"
+    assert harness.resolve(Suite(model="ref-70k", device="cpu", threads=1)).dtype == "bfloat16"
+
+
+def test_weights_of_unknown_size_are_never_loaded_twice_at_once(folder: Path) -> None:
+    size = models.weights_bytes(str(folder))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert models.weights_bytes(str(folder)) == size > 0
+    assert Suite(model=str(folder), device="cpu", threads=2).rows_at_once == 2
+    assert Suite(model="someone/model", device="cpu", threads=2).rows_at_once == 1
+
+
+def test_a_policy_that_changed_is_another_input(tmp_path: Path) -> None:
+    system = models.load("ref-70k")
+    found = []
+    for window in (60, 124):
+        technique = registry.get("sink_window")(window=window)
+        folder = tmp_path / str(window)
+        store.save(technique.apply(system, Data(None, 512, models.load)), folder, f"sink_window:window={window}")
+        found.append(results.inputs(str(folder)))
+    assert found[0]["weights"] == found[1]["weights"] and found[0]["config"] != found[1]["config"]
 
 
 def test_a_loaded_model_is_in_memory_of_its_own(folder: Path) -> None:

@@ -141,6 +141,32 @@ def test_a_figure_that_is_not_finite_is_missing_and_says_so(found: list[Row]) ->
     assert line["nll_per_token"] is None and "finite" in line["missing"]["nll_per_token"]
 
 
+def test_a_row_whose_nats_are_not_finite_is_not_ranked(found: list[Row]) -> None:
+    broken = record("broken")
+    broken.samples["nll"] = [math.nan] * WINDOWS
+    broken.values["nll_per_token"] = broken.values["perplexity"] = math.nan
+    dense, row = rows([found[0].record, broken])
+    assert row.values["nll_difference"] is None and row.values.get("quality_rank") is None
+    assert dense.values["quality_rank"] == 1
+    lines = json.loads(json.dumps(row_dicts([dense, row]), allow_nan=False))
+    assert "finite" in lines[1]["missing"]["nll_difference"]
+
+
+def test_what_applying_took_on_a_gpu_is_a_column_and_missing_energy_says_why(found: list[Row]) -> None:
+    row = record("any")
+    row.cost = {"seconds": 1.0, "peak_device_bytes": 77.0, "joules": None}
+    row.missing["cost_joules"] = "rows are applied side by side"
+    row = rows([row])[0]
+    assert row.values["cost_peak_device_bytes"] == 77
+    assert row.missing["cost_joules"] == "rows are applied side by side"
+
+
+def test_a_suite_that_was_renamed_keeps_its_dense_row(found: list[Row]) -> None:
+    later = record("rtn:bits=3", nats=0.1)
+    later.suite = "another name"
+    assert rows([found[0].record, later])[1].values["nll_difference"] == pytest.approx(0.1, abs=0.02)
+
+
 def test_a_column_stands_once_in_the_frame(found: list[Row]) -> None:
     found[0].values |= {column.name: 1.0 for column in COLUMNS}
     names = column_names(found)

@@ -1,7 +1,9 @@
 """Rounds alternate, are watched, and are never silently kept when something disturbed them."""
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -120,44 +122,92 @@ def test_further_conditions_are_timed_and_dense_is_timed_against_itself(tmp_path
     assert magnitude.record.provenance["timing"]["load"]
 
 
-def test_a_row_that_does_not_fit_beside_dense_is_measured_alone_and_has_no_times(tmp_path: Path) -> None:
-    asked: list[tuple[str, str]] = []
+class StubWorkers:
+    """Workers that end at once, by `code(pipeline, socket)`; `None` is one that runs for ever."""
 
-    class Memory:
-        """Workers of which dense and `big` do not fit together."""
+    def __init__(self, code: Callable[[str, str], int | None]) -> None:
+        self.code, self.started, self.asked = code, dict[int, float](), list[str]()
+        self.ended: list[tuple[int, int]] = []
+        self.jobs = 0
 
-        def __init__(self) -> None:
-            self.started: dict[int, float] = {}
-            self.ended: list[tuple[int, int]] = []
-            self.jobs = 0
-
-        def submit(self, call: str, arguments: dict[str, Any], *, threads: int, log: Path) -> int:
-            self.jobs += 1
-            asked.append((f"{call.rpartition(':')[2]} {arguments['pipeline']}", arguments["socket"]))
-            if call.endswith("serve"):
-                Path(arguments["socket"]).touch()
-            else:
-                fits = arguments["pipeline"] != "big" or not arguments["socket"]
-                self.ended.append((self.jobs, 0 if fits else OUT_OF_MEMORY))
+    def submit(self, call: str, arguments: dict[str, Any], *, threads: int, log: Path) -> int:
+        self.jobs += 1
+        pipeline, socket = arguments["pipeline"], arguments["socket"]
+        self.asked.append(f"{call.rpartition(':')[2]} {pipeline}{'' if socket else ' alone'}")
+        if call.endswith("serve"):
+            Path(socket).touch()
             return self.jobs
+        code = self.code(pipeline, socket)
+        if code is None:
+            self.started[self.jobs] = -math.inf
+        else:
+            self.ended.append((self.jobs, code))
+        return self.jobs
 
-        def collect(self, timeout: float | None = None) -> tuple[int, int] | None:
-            return self.ended.pop() if self.ended else None
+    def collect(self, timeout: float | None = None) -> tuple[int, int] | None:
+        return self.ended.pop() if self.ended else None
 
-        def cancel(self, job: int) -> None:
-            self.ended.append((job, -9))
+    def cancel(self, job: int) -> None:
+        self.ended.append((job, -9))
 
-    suite = Suite(threads=1, dense_runs=1)
-    rows = [Record(suite.name, suite.model, name, 0, suite.settings) for name in ("dense", "big", "small")]
+
+def scored(suite: Suite, folder: Path, *pipelines: str) -> list[Record]:
+    """Rows that are only to be timed."""
+    rows = [Record(suite.name, suite.model, name, 0, suite.settings) for name in pipelines]
     for row in rows:
         row.measured = dict.fromkeys(("apply", "perplexity", "accuracy", "cache"), 1.0)
-        results.save(row, tmp_path)
-    work = schedule.Schedule(suite, tmp_path, tmp_path, rows, schedule.Silent())
-    work.workers = Memory()  # type: ignore[assignment]
-    work._speed(rows)
-    done = [f"{call}{'' if socket else ' alone'}" for call, socket in asked]
-    assert (
-        done
-        == ["serve dense", "speed dense", "speed big", "speed big alone", "serve dense", "speed small"][: len(done)]
-    )
-    assert len(done) == 6
+        results.save(row, folder)
+    return rows
+
+
+def asked_of_workers(
+    suite: Suite, folder: Path, rows: list[Record], code: Callable[[str, str], int | None] = lambda *_: 0
+) -> list[str]:
+    """What was asked of the workers while these rows were timed."""
+    work = schedule.Schedule(suite, folder, folder, rows, schedule.Silent())
+    workers = StubWorkers(code)
+    work.workers = workers  # type: ignore[assignment]
+    work._speed([work.dense, *work.others])
+    return workers.asked
+
+
+def test_a_row_that_does_not_fit_beside_dense_is_measured_alone_and_has_no_times(tmp_path: Path) -> None:
+    def code(pipeline: str, socket: str) -> int:
+        return OUT_OF_MEMORY if pipeline == "big" and socket else 0
+
+    suite = Suite(threads=1, dense_runs=1)
+    asked = asked_of_workers(suite, tmp_path, scored(suite, tmp_path, "dense", "big", "small"), code)
+    assert asked == ["serve dense", "speed dense", "speed big", "speed big alone", "serve dense", "speed small"]
+
+
+def test_a_row_that_takes_too_long_is_not_taken_for_one_that_does_not_fit_and_gets_the_time_it_is_given_later(
+    tmp_path: Path,
+) -> None:
+    suite = Suite(threads=1, dense_runs=1, timeout_seconds=10)
+    rows = scored(suite, tmp_path, "dense", "slow", "small")
+    asked = asked_of_workers(suite, tmp_path, rows, lambda pipeline, _: None if pipeline == "slow" else 0)
+    assert asked == ["serve dense", "speed dense", "speed slow", "speed small"]
+    rows = [results.load(results.path_of(row, tmp_path)) for row in rows]
+    assert rows[1].status == "timeout" and "10 s (--timeout)" in str(rows[1].reason)
+    for seconds, again in ((10, []), (11, ["slow"])):
+        given = replace(suite, timeout_seconds=seconds)
+        assert given.settings == suite.settings
+        work = schedule.Schedule(given, tmp_path, tmp_path, rows, schedule.Silent())
+        assert [row.pipeline for row in work.others if row.pipeline == "slow"] == again
+
+
+def test_a_run_killed_before_the_noise_floor_was_whole_measures_the_rest_of_it(tmp_path: Path) -> None:
+    suite = Suite(threads=1, dense_runs=3)
+    rows = scored(suite, tmp_path, "dense", "small")
+    rows[0].status, rows[0].measured["speed"] = "ok", 1.0
+    rows[0].samples["strays/decode_seconds"] = [0.0]
+    results.save(rows[0], tmp_path)
+
+    def code(pipeline: str, socket: str) -> int:
+        record = results.load(results.path_of(rows[0], tmp_path))
+        if pipeline == "dense":
+            record.samples["strays/decode_seconds"].append(0.0)
+            results.save(record, tmp_path)
+        return 0
+
+    assert asked_of_workers(suite, tmp_path, rows, code) == ["serve dense", "stray dense", "speed small"]

@@ -1,6 +1,7 @@
 """The training loop: it learns, repeats itself, and leaves nothing behind."""
 
 import gc
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,18 @@ from counting import counting
 from torch import Tensor, nn
 
 from effbench.errors import UnfitError
+from effbench.reference import train as reference_train
 from effbench.toolbox.training import Recipe, next_token_loss, train
+
+
+def test_a_run_that_does_not_ship_needs_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for other in (["--seed", "1"], ["--tokens", "16e6"]):
+        monkeypatch.setattr(sys, "argv", ["train", "70k", *other])
+        with pytest.raises(SystemExit):
+            reference_train.main()
+        assert "give --out FOLDER" in capsys.readouterr().err
 
 
 def test_the_loss_falls(architecture: str) -> None:

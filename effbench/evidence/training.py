@@ -102,7 +102,7 @@ def losses(found: Sequence[Run]) -> Table:
         lines,
         after=(
             f"parameters are those of the blocks; trained on: {devices}",
-            "`python -m effbench.reference.train SIZE --seed SEED --tokens TOKENS` trains any of them again",
+            "`python -m effbench.reference.train SIZE --seed S --tokens N --out FOLDER` trains any of them again",
         ),
     )
 

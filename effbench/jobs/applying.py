@@ -89,8 +89,10 @@ def apply(out: str, suite: dict[str, Any], pipeline: str, system: str) -> None:
         "peak_bytes": memory.peak_bytes(),
         "peak_device_bytes": memory.peak_device_bytes(device),
         "tokens": data.tokens,
-        "joules": joules if job.suite.rows_at_once == 1 else None,  # the counter is the whole machine's
+        "joules": joules if job.is_alone else None,
     }
+    if record.cost["joules"] is None:
+        record.missing["cost_joules"] = energy.why or "rows are applied side by side, and the counter is the machine's"
     hidden, stored = memory.hidden_bytes(result, others), memory.stored_bytes(result)
     if memory.hides(hidden, stored):
         _end(

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effbench import models, results, store
 from effbench.data import Data, FileSource, Source, WorldSource
 from effbench.measure.host import machine
@@ -54,6 +56,11 @@ class Job:
         if self.pipeline == "dense" and models.is_spread(self.suite.model, self.suite.device):
             saved = False
         return store.load(self.system_folder, self.suite.device) if saved else self.dense()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other row is worked on beside this one: then it has all of the run's threads."""
+        return torch.get_num_threads() >= (self.suite.threads or 1)
 
     def measure(self, name: str, work: Callable[[], None]) -> None:
         """Do a measure unless it is finished, and save the record after it."""

@@ -106,7 +106,7 @@ def _score_tasks_metered(job: Job, system: System) -> None:
     """The tasks, and the energy of each correct answer."""
     known = _known(job)
     counter = meter(job.suite.device)
-    if counter.source and job.suite.rows_at_once > 1:
+    if counter.source and not job.is_alone:
         counter = Meter(None, "rows are scored side by side, and the counter is the whole machine's")
     joules, idle = above_idle(counter, lambda: _score_tasks(job, system, known))
     record = job.record

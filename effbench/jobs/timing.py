@@ -15,6 +15,7 @@ from effbench.jobs import rounds, sharing
 from effbench.jobs.row import Job
 from effbench.measure import disturbance, energy, limits, memory, roofline
 from effbench.measure.counters import meter
+from effbench.measure.host import machine
 from effbench.measure.speed import one_round
 from effbench.technique import System
 
@@ -29,6 +30,7 @@ def speed(out: str, suite: dict[str, Any], pipeline: str, system: str, socket: s
     before = memory.resident_bytes()
     memory.reset_peak()
     loaded = job.load()
+    job.record.provenance["machine"] = machine()  # a run may be continued on another one
     job.measure("speed", lambda: _time(job, loaded, before, Path(socket) if socket else None))
 
 

@@ -53,7 +53,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 
 def _question(record: Record) -> str:
-    return json.dumps([record.suite, record.model, record.seed, record.settings], sort_keys=True)
+    return json.dumps([record.model, record.seed, record.settings], sort_keys=True)
 
 
 def _row(record: Record, dense: Record | None) -> Row:
@@ -61,14 +61,12 @@ def _row(record: Record, dense: Record | None) -> Row:
         record, dict(record.values), dict(record.missing), is_simulated(record, dense), warnings=_warnings(record)
     )
     values, missing = row.values, row.missing
-    for name, value in record.values.items():
-        if value is not None and not math.isfinite(value):
-            values[name], missing[name] = None, "it is not a finite number"
-    for name in ("seconds", "peak_bytes", "tokens", "joules"):
+    for name in ("seconds", "peak_bytes", "peak_device_bytes", "tokens", "joules"):
         if name in record.cost:
             values[f"cost_{name}"] = record.cost[name]
     if record.cost and record.cost.get("joules") is None:
-        missing["cost_joules"] = record.missing.get("joules_per_token", "no energy counter on this machine")
+        usual = record.missing.get("joules_per_token", "no energy counter on this machine")
+        missing["cost_joules"] = record.missing.get("cost_joules", usual)
     _accuracy_errors(record, values)
     if record.status == "ok":
         near, why = roofline.shares(record)
@@ -77,6 +75,9 @@ def _row(record: Record, dense: Record | None) -> Row:
     paired.distance(record, values, missing)
     if record.status == "ok" or record.samples:
         _against_dense(row, dense)
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            values[name], missing[name] = None, paired.NOT_FINITE
     return row
 
 

@@ -19,6 +19,7 @@ from effbench.results import Record
 Values = dict[str, float | None]
 Tests = dict[str, float]
 ONE_BLOCK = "a single window of text has no spread"
+NOT_FINITE = "it is not a finite number"
 
 
 def finite(value: Any) -> float | None:
@@ -44,6 +45,10 @@ def text(record: Record, dense: Record, values: Values, missing: dict[str, str])
         for sums in (record.samples["nll"], dense.samples["nll"], record.samples["tokens"])
     )
     found = over_blocks(ours - theirs, tokens)
+    if not math.isfinite(found.value):
+        for name in ("nll_difference", "nll_difference_stderr"):
+            values[name], missing[name] = None, NOT_FINITE
+        return {}
     values["nll_difference"], values["nll_difference_stderr"] = found.value, finite(found.stderr)
     if values["nll_difference_stderr"] is None:
         missing["nll_difference_stderr"] = ONE_BLOCK

@@ -138,7 +138,7 @@ def _read(paths: list[Path], task: str) -> Dataset:
             if text.lstrip().startswith("["):
                 rows += json.loads(text)
             else:
-                rows += [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows += [json.loads(line) for line in text.split("\n") if line.strip()]
         except (OSError, ValueError) as reason:
             raise TaskError(f"{path} cannot be read as items of task {task!r} ({reason})") from None
     if tables:

@@ -273,6 +273,8 @@ def main() -> None:
         help="a tenth faster from 1m on; needs a C++ compiler",
     )
     options = parser.parse_args()
+    if options.out is None and (options.seed, int(options.tokens)) != (0, TOKENS):
+        parser.error("a shipped checkpoint is of seed 0 and of the usual tokens; give --out FOLDER for another run")
     size = SIZES[options.size]
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options.device == "auto" else options.device)
