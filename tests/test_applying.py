@@ -37,6 +37,8 @@ from effbench.toolbox.walk import matrices
         ("torchao_int4", [4, 16]),
         ("torchao_int8", [8, 16]),
         ("quarot:bits=3", [3, 16]),
+        ("llm_pruner:sparsity=0.2", [12.8, 16]),
+        ("shortgpt:sparsity=0.25", [12, 16]),
     ],
 )
 def test_a_promise_follows_from_the_standard_options(pipeline: str, promises: list[float]) -> None:
@@ -122,6 +124,7 @@ def test_bits_that_a_part_of_the_pipeline_would_have_needed_anyway_are_called_si
         ("rtn:bits=8", [], []),
         ("rtn:bits=3", [], []),
         ("rtn:bits=3,group_size=16", [], ["codes are unpacked for each product: no kernel suits such rows"]),
+        ("magnitude:pattern=2:4+rtn:bits=8", [], ["codes are unpacked for each product: no kernel leaves zeros out"]),
         ("mx", ["no kernel here multiplies mxfp4: it is unpacked"], []),
         (
             "quarot:bits=4,method=rtn,activation_bits=4",
@@ -138,6 +141,14 @@ def test_a_system_says_what_it_only_imitates(pipeline: str, simulated: list[str]
     for kind, expected in (("simulated", simulated), ("unpacked", unpacked)):
         said = remarks(system.model.modules(), kind)
         assert len(said) == len(expected) and all(map(str.startswith, said, expected))
+
+
+def test_a_matrix_that_blocks_share_takes_its_bits_once() -> None:
+    dense = random_system("llama")
+    before = Before(dense)
+    record = Record("custom", "ref-1m", "fold", 0)
+    _record_size(record, calibrated(dense, "fold:sparsity=0,group_size=2"), before)
+    assert record.values["bits_per_weight"] == 0  # of the second block's weights, which are gone
 
 
 def test_without_a_compiler_three_bits_say_so() -> None:

@@ -122,6 +122,13 @@ class Squares(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(2, 8, 16))
 
 
+def test_pruned_experts_store_no_more_than_dense_ones_where_some_are_never_reached() -> None:
+    system = random_system("qwen3_moe", torch.float32)
+    dense = stored_bytes(system)
+    compress_blocks(system.model, get("wanda")().layer, torch.full((1, 8), 5))
+    assert stored_bytes(system) <= dense
+
+
 def test_experts_of_an_unknown_kind_are_refused_with_their_name() -> None:
     with pytest.raises(UnfitError, match="its experts, Squares, compute in a way that is not known"):
         unfold(nn.ModuleList([nn.ModuleList([Squares()])]), transformers.LlamaConfig())

@@ -46,6 +46,13 @@ def text() -> Data:
     return Data(CountingSource(), context=24, load=lambda name: pytest.fail(name))
 
 
+class OneWord(CountingSource):
+    """Text of one word over and over, so that it reaches few experts."""
+
+    def training(self, count: int, length: int, seed: int) -> np.ndarray:
+        return np.full((count, length), 5)
+
+
 def kept(system: System, folder: Path) -> System:
     """`system` saved and loaded, which changed neither what it computes nor what it stores."""
     before, size = logits(system), stored_bytes(system)
@@ -133,6 +140,18 @@ def test_blocks_are_loaded_up_to_the_budget(share: float, architecture: str, tmp
     assert max(held) - min(held) <= 1
     dearest = max(shape.numel() + 16 * 2 * sum(shape) for shape in shapes.values()) / 8
     assert max(held) == 16 or budget - dearest < stored_bytes(system) <= budget
+
+
+@pytest.mark.parametrize("kind", ["shared", "idle"])
+def test_a_budget_holds_where_matrices_are_shared_or_never_reached(kind: str) -> None:
+    system = random_system("llama" if kind == "shared" else "qwen3_moe", torch.float32)
+    if kind == "shared":
+        system = get("fold")(sparsity=0.0, group_size=2).apply(system, text())
+    budget = int(0.9 * stored_bytes(system))
+    technique = get("bitstack")(megabytes=budget / 1e6, rank=2, samples=2)
+    source = CountingSource() if kind == "shared" else OneWord()
+    system = technique.apply(system, Data(source, context=24, load=lambda name: pytest.fail(name)))
+    assert stored_bytes(system) <= budget
 
 
 def test_a_budget_below_one_block_says_what_there_would_have_to_be() -> None:

@@ -21,6 +21,12 @@ from effbench.toolbox.packed import PackedLinear
 from effbench.toolbox.rotation import TurnedBackNorm, TurnedEmbedding, TurnedLinear, rotate, rounded_rows
 from effbench.toolbox.walk import matrices
 
+
+def test_a_matrix_that_the_model_reads_as_a_tensor_stays_one() -> None:
+    system = applied(random_system("mamba", torch.float32), "quarot:bits=16,activation_bits=8")
+    assert torch.isfinite(logits(system)).all()
+
+
 TURNED = ("llama", "qwen3", "mistral")
 """Architectures whose residual stream can be turned; the others' norms subtract means."""
 

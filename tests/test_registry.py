@@ -39,6 +39,15 @@ def test_a_pipeline_has_one_canonical_form(asked: str, written: str) -> None:
     assert registry.canonical(written) == written
 
 
+@pytest.mark.parametrize("pipeline", ["bitstack:megabytes=14483.456", "magnitude:sparsity=0.33333333"])
+def test_a_number_is_written_in_full(pipeline: str) -> None:
+    assert registry.canonical(pipeline) == pipeline
+
+
+def test_an_option_that_is_a_number_may_be_a_fraction() -> None:
+    assert registry.canonical("recover:alpha=0.5") == "recover:alpha=0.5"
+
+
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [

@@ -16,11 +16,32 @@ from effbench.coverage import ARCHITECTURES
 from effbench.data import Data, WorldSource
 from effbench.errors import UnfitError
 from effbench.measure.memory import cache_bytes, stored_bytes
-from effbench.registry import get
+from effbench.registry import get, parse
 from effbench.technique import System
 from effbench.toolbox.decoding import forward
 from effbench.toolbox.structure import channels, heads, keep_blocks, keep_units
-from effbench.toolbox.walk import as_linear, blocks, is_matrix
+from effbench.toolbox.walk import as_linear, blocks, is_matrix, matrices
+
+
+@pytest.mark.parametrize("then", ["fwsvd", "llm_pruner:skip_first=0,skip_last=0,samples=2", "random"])
+def test_what_blocks_share_may_be_compressed_further(then: str) -> None:
+    system = calibrated(random_system("llama", torch.float32), f"fold:sparsity=0,group_size=2+{then}")
+    assert torch.isfinite(logits(system)).all()
+    if then == "random":
+        zeros = [float((linear.weight == 0).float().mean()) for _, linear in matrices(system.model)]
+        assert zeros == pytest.approx([0.5] * len(zeros), abs=0.01)
+
+
+@pytest.mark.parametrize("then", ["shortgpt", "fold:group_size=1", "distill"])
+def test_blocks_of_a_sliced_stream_stay_where_they_are(then: str) -> None:
+    system = calibrated(random_system("llama", torch.float32), "slicegpt:sliced=0.25")
+    reason = parse(then)[0].unfit(system)
+    assert reason is not None and "put this technique before slicegpt" in reason
+
+
+def test_llm_pruner_without_a_block_to_prune_says_so() -> None:
+    reason = parse("llm_pruner:skip_first=1,skip_last=0")[0].unfit(random_system("llama"))
+    assert reason == "skip_first=1 and skip_last=0 leave no block to prune"
 
 
 def module_of(name: str) -> Any:

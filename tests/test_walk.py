@@ -57,6 +57,16 @@ def test_matrices_that_are_fed_the_same_share_their_inputs_and_come_in_the_order
     assert found["mlp.down_proj"].tokens == 60
 
 
+def test_experts_that_the_first_call_does_not_reach_are_not_taken_for_a_group() -> None:
+    block = next(walk(random_system("qwen3_moe").model, torch.full((1, 8), 5)))
+    names = block.matrices()
+    reached = block.inputs(names)
+    idle = [name for name in names if name not in reached]
+    assert idle
+    assert block.groups(names)[-len(idle) :] == [[name] for name in idle]
+    assert block.groups(names, idle_together=True)[-1] == idle
+
+
 def _halved(linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
     linear.weight.data = linear.weight.data / 2
     return linear

@@ -210,9 +210,13 @@ def _record_size(record: Record, system: System, before: Before) -> None:
 
 
 def _in_place(system: System) -> list[tuple[str, int]]:
-    """The bytes of all that does a matrix's work in the blocks: plain matrices, and what replaced them, whole."""
+    """The bytes of all that does a matrix's work in the blocks: plain matrices, and what replaced them, whole.
+
+    A matrix that several blocks share counts once.
+    """
     prefix, layers = blocks(system.model)
     found: list[tuple[str, int]] = []
+    shared: set[int] = set()
     experts = "none"
     for name, module in layers.named_modules(prefix=prefix):
         if any(name.startswith(f"{outer}.") for outer, _ in found[-1:]):
@@ -221,7 +225,11 @@ def _in_place(system: System) -> list[tuple[str, int]]:
             experts = name
         elif is_matrix(module) and name.startswith(f"{experts}."):  # perhaps a view of what all experts share
             found.append((name, as_linear(module).weight.nbytes))
-        elif is_matrix(module) or isinstance(module, StoredModule):
+        elif is_matrix(module):
+            weight = id(module.weight)
+            found.append((name, 0 if weight in shared else memory.module_bytes(module)))
+            shared.add(weight)
+        elif isinstance(module, StoredModule):
             found.append((name, memory.module_bytes(module)))
         found += [(f"{name}.{inside}", matrix.nbytes) for inside, matrix in expert_slices(module)]
     return found
@@ -231,7 +239,8 @@ def promised_bits(techniques: list[Technique], dense_bits: float) -> list[float]
     """Bits per weight that the options promise, by their standard names; then without each of the techniques in turn.
 
     Empty if they promise none. `keep` and `sparsity` scale what is there, a pattern such as 2:4 is its own sparsity,
-    `bits` or `packing` replaces what a weight takes. Where weights are left out, one bit for each says which stay.
+    `bits` or `packing` replaces what a weight takes. Where single weights are left out, one bit for each says which
+    stay.
     Cache techniques speak of other bits.
     """
     promises = [promise for technique in techniques if (promise := _promise(technique)) != (1.0, None, 0.0)]
@@ -259,4 +268,4 @@ def _promise(technique: Technique) -> tuple[float, float | None, float]:
         kept = 1 - zeros / run
     else:
         kept = 1 - float(options.get("sparsity", 0.0))
-    return options.get("keep", 1.0) * kept, technique.promised_bits(), float(kept < 1)
+    return options.get("keep", 1.0) * kept, technique.promised_bits(), float(kept < 1 and "pattern" in options)

@@ -150,8 +150,8 @@ class ExpertList(StoredModule):
         for name in (self.first, LAST):
             linears: Any = self.get_submodule(name)
             plain = [linear for linear in linears if type(linear) is nn.Linear]
-            if len(plain) == len(linears):
-                continue
+            if len(plain) == len(linears) and len({one.weight.untyped_storage().data_ptr() for one in plain}) == 1:
+                continue  # all still look at what they were taken from
             for linear in plain:
                 if linear.weight.untyped_storage().nbytes() > linear.weight.nbytes:
                     linear.weight.data = linear.weight.data.clone(memory_format=torch.contiguous_format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,10 +42,13 @@ def gradients(model: Any, wanted: Mapping[nn.Module, Callable[[Tensor], None]]) 
     hooks = []
     try:
         model.requires_grad_(False)
+        uses: dict[nn.Parameter, list[Callable[[Tensor], None]]] = {}  # several where modules share a weight
         for module, use in wanted.items():
             weight: Any = module.weight
+            uses.setdefault(weight, []).append(use)
+        for weight, handed in uses.items():
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(use))
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(_hand_over, handed)))
         with torch.enable_grad():
             yield
     finally:
@@ -53,6 +57,13 @@ def gradients(model: Any, wanted: Mapping[nn.Module, Callable[[Tensor], None]]) 
         for weight, requires_grad in before:
             weight.grad = None
             weight.requires_grad_(requires_grad)
+
+
+def _hand_over(uses: list[Callable[[Tensor], None]], weight: Tensor) -> None:
+    gradient = weight.grad
+    for use in uses:
+        weight.grad = gradient
+        use(weight)
 
 
 def _adding(name: str, module: nn.Module, found: dict[str, Tensor]) -> Callable[[Tensor], None]:

@@ -20,6 +20,14 @@ from effbench.toolbox.stored import StoredModule
 from effbench.toolbox.walk import blocks
 
 
+def fixed_places(layers: nn.ModuleList) -> str | None:
+    """Why none of these blocks can be left out; `None` where any can."""
+    sliced = any(isinstance(block, SlicedBlock) for block in layers)
+    return (
+        "each block takes over the basis of the one before it: put this technique before slicegpt" if sliced else None
+    )
+
+
 class SlicedNorm(StoredModule):
     """A root-mean-square norm without weights of a stream that was `width` wide before it was cut."""
 

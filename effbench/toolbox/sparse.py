@@ -282,6 +282,10 @@ class SparsePackedLinear(PackedLinear):
         kept = _fill_in(torch.ones_like(codes), self.places, self.store, shape)
         return weight.flatten(1).mul_(kept).to(dtype)
 
+    @property
+    def unpacked(self) -> str | None:
+        return None if self.simulated else "codes are unpacked for each product: no kernel leaves zeros out"
+
     def _kernel_product(self, x: Tensor) -> Tensor | None:
         return None
 

@@ -135,14 +135,18 @@ class Block:
         self.advanced = self.advanced or advance
         return found
 
-    def groups(self, names: list[str]) -> list[list[str]]:
-        """The named matrices, those that are fed the same tensor together, in the order of their calls."""
+    def groups(self, names: list[str], *, idle_together: bool = False) -> list[list[str]]:
+        """The named matrices, those that are fed the same tensor together, in the order of their calls.
+
+        What the first call does not reach (idle experts) comes last, one by one unless `idle_together`.
+        """
         once = Block(self.name, self.module, self.hidden[:1], self.calls[:1])
         found = once.inputs(names, only=("max_abs",))
         together: dict[int, list[str]] = {}
-        for name in (*found, *(name for name in names if name not in found)):
-            together.setdefault(id(found.get(name)), []).append(name)
-        return list(together.values())
+        for name, inputs in found.items():
+            together.setdefault(id(inputs), []).append(name)
+        idle = [name for name in names if name not in found]
+        return [*together.values(), *([idle] if idle_together and idle else ([name] for name in idle))]
 
     def replace(self, name: str, layer: Callable[..., nn.Module], inputs: Inputs | None) -> None:
         """Put `layer(matrix, inputs)` in the place of a matrix.
@@ -242,7 +246,7 @@ def compress_blocks(
             for name in names:
                 block.replace(name, layer, None)
             continue
-        for together in block.groups(names) if sequential and not dense_inputs else [names]:
+        for together in block.groups(names, idle_together=True) if sequential and not dense_inputs else [names]:
             for name, inputs in block.inputs(together, statistics, advance=dense_inputs).items():
                 block.replace(name, layer, inputs)
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from effbench.errors import UnfitError
 from effbench.technique import CachePolicy, Data, System, Technique
 from effbench.toolbox.checks import within
+from effbench.toolbox.slicing import fixed_places
 from effbench.toolbox.structure import keep_blocks
 from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, matrices
@@ -62,14 +63,15 @@ class Distill(Technique):
     def unfit(self, system: System) -> str | None:
         if self.student:
             return None
-        depth = len(blocks(system.model)[1])
+        layers = blocks(system.model)[1]
+        depth = len(layers)
         if not matrices(system.model):
             return "a student cut from packed matrices cannot be trained: put this technique before the one that packs"
         if depth < 2:
             return "the model has a single block, so none can be left out: name a smaller student"
         if self.layers >= depth:
             return f"a student of {self.layers} blocks is no smaller than the model, which has {depth}"
-        return None
+        return fixed_places(layers)
 
     def apply(self, system: System, data: Data) -> System:
         teacher = system.model

@@ -44,7 +44,7 @@ class BitStack(LayerTechnique):
     factor_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        within("megabytes", self.megabytes, 0)
+        within("megabytes", self.megabytes, 0, 1e9)
         within("rank", self.rank, 1)
         within("blocks", self.blocks, 1)
         within("samples", self.samples, 1)
@@ -71,6 +71,7 @@ class BitStack(LayerTechnique):
 
     def apply(self, system: System, data: Data) -> System:
         every, spare, costs = self._budget(system)
+        dense = {name: linear.weight.nbytes for name, linear in matrices(system.model)}
         most = every + (every < self.blocks and spare >= min(costs.values()))
         ids = data.calibration(**self.calibration_size(system))
         compress_blocks(
@@ -82,6 +83,16 @@ class BitStack(LayerTechnique):
         )
         stacks: dict[str, Any] = {name: system.model.get_submodule(name) for name in costs}
         stacks = {name: stack for name, stack in stacks.items() if isinstance(stack, BitStackLinear)}
+        for name in costs.keys() - stacks.keys():  # an expert that the text never reaches stays as it is
+            spare += every * costs[name] - dense[name]
+        while spare < 0 and every > 1:
+            every, spare = every - 1, spare + sum(costs[name] for name in stacks)
+        if spare < 0:
+            raise UnfitError(
+                "experts that the calibration text never reaches stay as they are and leave less than one block of "
+                "each other matrix; raise samples or megabytes"
+            )
+        stacks = {name: stack.first(min(most, every + 1)) for name, stack in stacks.items()}
         for name, stack in stacks.items():
             replace_module(system.model, name, stack.first(every))
         if most > every:
@@ -101,7 +112,8 @@ class BitStack(LayerTechnique):
         found, now = matrices(system.model), _stored_bytes(system)
         costs = {name: block_bytes(linear.weight.shape, self.rank, self.factor_dtype) for name, linear in found}
         budget = int(self.megabytes * 1e6) or now
-        spare, each = budget - now + sum(linear.weight.nbytes for _, linear in found), sum(costs.values())
+        freed = {linear.weight.data_ptr(): linear.weight.nbytes for _, linear in found}  # blocks may share a matrix
+        spare, each = budget - now + sum(freed.values()), sum(costs.values())
         if spare < each:
             least = (budget - spare + each) / 1e6
             raise UnfitError(
@@ -117,7 +129,8 @@ def _loss_with(model: Any, name: str, stack: BitStackLinear, ids: Tensor) -> flo
     """The loss on `ids` with `stack` in the place called `name`; infinite where it is no number."""
     before = model.get_submodule(name)
     replace_module(model, name, stack)
-    losses = [float(next_token_loss(model(input_ids=row[None], use_cache=False).logits, row[None])) for row in ids]
+    rows = ids.to(model.device)[:, None]
+    losses = [float(next_token_loss(model(input_ids=row, use_cache=False).logits, row)) for row in rows]
     replace_module(model, name, before)
     loss = sum(losses)
     return loss if loss == loss else inf

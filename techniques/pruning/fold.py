@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import within
+from effbench.toolbox.slicing import fixed_places
 from effbench.toolbox.structure import keep_blocks
 from effbench.toolbox.training import Recipe, check_training, next_token_loss, train
 from effbench.toolbox.walk import blocks, matrices, matrix_names
@@ -61,7 +62,7 @@ class Fold(Technique):
             return "no plain weight matrix is left to share: put this technique before the one that packs them"
         if self.group_size > 1 and any(_shapes(block) != _shapes(layers[0]) for block in layers):
             return "its blocks are of unlike shapes, so that their matrices cannot be shared"
-        return None
+        return fixed_places(layers) if removed else None
 
     def _removed(self, depth: int) -> int:
         return int(self.sparsity * depth + 0.5)

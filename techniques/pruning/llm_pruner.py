@@ -65,6 +65,8 @@ class LLMPruner(Technique):
                 heads(block), channels(block)
         except UnfitError as reason:
             return str(reason)
+        if not self._pruned(layers):
+            return f"skip_first={self.skip_first:g} and skip_last={self.skip_last:g} leave no block to prune"
         if self._share(layers) >= 1:
             return f"sparsity={self.sparsity:g} is more than the blocks between skip_first and skip_last hold"
         return None
@@ -75,7 +77,7 @@ class LLMPruner(Technique):
 
     def _share(self, layers: nn.ModuleList) -> float:
         """The share of each pruned block's weights that goes, so that `sparsity` of all blocks' does."""
-        return self.sparsity * len(layers) / max(1, len(self._pruned(layers)))
+        return self.sparsity * len(layers) / len(self._pruned(layers))
 
     def apply(self, system: System, data: Data) -> System:
         model, layers = system.model, blocks(system.model)[1]

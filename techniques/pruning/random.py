@@ -44,4 +44,5 @@ class Random(LayerTechnique):
 
     def layer(self, linear: nn.Linear, inputs: Inputs | Tensor | None) -> nn.Module:
         score = torch.rand(linear.weight.shape).to(linear.weight.device)  # drawn alike for every device
+        score[linear.weight == 0] = -1  # they go first, or what blocks share would be drawn once for each
         return pruned(linear, lowest(score, self.sparsity, self.pattern, self.compare), self.store)

@@ -61,7 +61,7 @@ class Recover(Technique):
     paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685; as in Ma et al. 2023, arXiv:2305.11627"
 
     rank: int = 32
-    alpha: float = 64
+    alpha: float = 64.0
     steps: int = 300
     batch_size: int = 4
     length: int = 256

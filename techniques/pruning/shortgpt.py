@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from effbench.technique import Data, System, Technique
 from effbench.toolbox.checks import one_of, within
+from effbench.toolbox.slicing import fixed_places
 from effbench.toolbox.structure import keep_blocks
 from effbench.toolbox.walk import blocks, walk
 
@@ -40,11 +41,12 @@ class ShortGPT(Technique):
         within("samples", self.samples, 1)
 
     def unfit(self, system: System) -> str | None:
-        depth = len(blocks(system.model)[1])
+        layers = blocks(system.model)[1]
+        depth = len(layers)
         removed = self._removed(depth)
         if removed == depth or (self.sparsity and not removed):
             return f"sparsity={self.sparsity:g} of its {depth} blocks is {'all of them' if removed else 'not one'}"
-        return None
+        return fixed_places(layers) if removed else None
 
     def _removed(self, depth: int) -> int:
         return int(self.sparsity * depth + 0.5)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from effbench.technique import Data, Inputs, System, Technique
+from effbench.toolbox.architectures import READ_DIRECTLY
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.compensation import Compensation
 from effbench.toolbox.packed import PackedLinear, misfit
@@ -91,7 +92,7 @@ class QuaRot(Technique):
         for name, module in list(layers.named_modules()):
             if isinstance(module, TurnedLinear):
                 new = TurnedLinear.around(module.inner, activation_bits=self.activation_bits, clip=self.clip)
-            elif isinstance(module, kinds) and not name.endswith(".inner"):
+            elif isinstance(module, kinds) and name.rpartition(".")[2] not in ("inner", *READ_DIRECTLY):
                 new = TurnedLinear.around(module, turned=False, activation_bits=self.activation_bits, clip=self.clip)
             else:
                 continue
