@@ -22,17 +22,8 @@ from effbench.protocols import DOCUMENT
 from effbench.results import Record, load_all
 
 SETTINGS = (
-    "protocol",
-    "window",
-    "dtype",
-    "device",
-    "tasks",
-    "num_fewshot",
-    "apply_chat_template",
-    "limit",
-    "batch",
-    "prompt_tokens",
-    "new_tokens",
+    *("protocol", "window", "dtype", "device", "tasks", "num_fewshot", "apply_chat_template", "limit"),
+    *("batch", "prompt_tokens", "new_tokens"),
 )
 """What has to be the same for two rows to answer the same question; paths may differ, their content may not."""
 GROWING = (
