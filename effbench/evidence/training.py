@@ -1,8 +1,8 @@
 """How the family was trained: sizes, seeds, losses, and the power law that they follow.
 
 The law is of longer runs than those that ship, and only their figures are kept. 1m and 3m ship as they were before
-their sums came near to always right, since a task has to leave room. 70k reads twice what the others read: on as much
-as they do it is in the midst of learning facts, and its loss depends on the seed more than on anything.
+their sums came near to always right, since a task has to leave room. 70k reads twice what the others read, and still
+learns facts in some runs and in others hardly, so that its loss depends on the seed more than on anything.
 """
 
 from __future__ import annotations
