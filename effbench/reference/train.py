@@ -8,8 +8,7 @@ The recipe, for models of 0.07 to 3 million parameters and minutes on one core:
   repeated random words until the model copies them. Without the two, models of this size need far more tokens than
   there are here until in-context copying emerges (the induction heads of Olsson et al. 2022, section 4).
 - Text is drawn anew for every step, so that no row is seen twice; what repeats is the world's facts.
-
-On a CPU one thread is fastest at these sizes; glibc is told to keep freed memory, which doubles the speed of a step.
+- On a CPU one thread is fastest at these sizes; glibc is told to keep freed memory, which doubles the speed of a step.
 """
 
 from __future__ import annotations
@@ -247,8 +246,8 @@ def _accuracy(model: LlamaForCausalLM, world: World, task: str, count: int) -> f
 
 def short(figures: dict[str, Any]) -> str:
     """An evaluation on one line."""
-    parts = {"nats": figures["nats"], **figures["nats_by_kind"], **figures["accuracy"]}
-    return " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+    parts = {"nats": figures["nats"], **figures["nats_by_kind"], **figures["accuracy"]}.items()
+    return " ".join(f"{name} {value:.3f}" for name, value in parts)
 
 
 def save(model: LlamaForCausalLM, world: World, folder: Path, report: dict[str, Any]) -> None:
@@ -267,35 +266,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=TOKENS, help="in all")
     parser.add_argument("--out", type=Path, help="folder; the shipped checkpoint's own if not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="a tenth faster from 1m on; needs a C++ compiler",
-    )
+    parser.add_argument("--compile", action="store_true", help="a tenth faster from 1m on; needs a C++ compiler")
     options = parser.parse_args()
     if options.out is None and (options.seed, int(options.tokens)) != (0, TOKENS):
         parser.error("a shipped checkpoint is of seed 0 and of the usual tokens; give --out FOLDER for another run")
-    size = SIZES[options.size]
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if options.device == "auto" else options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    folder = options.out or Path(__file__).parent / "checkpoints" / f"ref-{options.size}"
     started = time.monotonic()
-    trainer = Trainer(size, options.seed, int(options.tokens), device, options.compile)
+    trainer = Trainer(SIZES[options.size], options.seed, int(options.tokens), device, options.compile)
     trainer.run()
-    seconds = time.monotonic() - started
     model = trainer.model.to(torch.bfloat16)  # what is reported is what ships
     report = {
         "size": options.size,
         "seed": options.seed,
         "tokens": trainer.tokens,
         "repeated_tokens": trainer.repeated_tokens,
-        "seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread",
         **evaluate(model, trainer.world, 256, 1000),
     }
-    save(model.cpu(), trainer.world, folder, report)
+    shipped = Path(__file__).parent / "checkpoints" / f"ref-{options.size}"
+    save(model.cpu(), trainer.world, options.out or shipped, report)
     print(json.dumps(report, indent=1))
 
 

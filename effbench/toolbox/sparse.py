@@ -1,7 +1,6 @@
 """Zeros in weight matrices: which weights go, and layers that store only those that stay.
 
-Bits stored for each weight of an m x n matrix with a share s of zeros and values of b bits (closed form, biases left
-out):
+Bits stored for each weight of an m x n matrix with a share s of zeros and values of b bits (closed form, no biases):
 
     bitmask   b (1 - s) + 1                            one bit for each weight says whether it stays
     2:4       b / 2 + 1                                two values in each run of four inputs, two bits for each place
