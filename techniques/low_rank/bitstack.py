@@ -92,7 +92,8 @@ class BitStack(LayerTechnique):
                 "experts that the calibration text never reaches stay as they are and leave less than one block of "
                 "each other matrix; raise samples or megabytes"
             )
-        stacks = {name: stack.first(min(most, every + 1)) for name, stack in stacks.items()}
+        if most > every + 1:
+            stacks = {name: stack.first(every + 1) for name, stack in stacks.items()}
         for name, stack in stacks.items():
             replace_module(system.model, name, stack.first(every))
         if most > every:
