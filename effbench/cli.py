@@ -245,11 +245,11 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command()
-def check(technique: opt.Technique) -> None:
+def check(technique: opt.Technique, device: opt.Device = None) -> None:
     """Hold a technique against the contract that every technique must pass."""
-    from effbench import contract
+    from effbench import contract, harness
 
-    outcomes = contract.check(technique)
+    outcomes = contract.check(technique, device=harness.resolve_device(device or "auto"))
     for outcome in outcomes:
         state, said = ("failed", outcome.problem) if outcome.problem else ("ok", outcome.note)
         print(f"{state:<7} {outcome.name:<20} {said}".rstrip())

@@ -46,13 +46,13 @@ class Check:
 class Bench:
     """A technique on the contract's model."""
 
-    def __init__(self, technique: Technique, family: str, model: str = MODEL) -> None:
-        self.technique, self.family = small(technique), family
-        self._suite = Suite(model=model, device="cpu")
+    def __init__(self, technique: Technique, family: str, model: str = MODEL, device: str = "cpu") -> None:
+        self.technique, self.family, self.device = small(technique), family, device
+        self._suite = Suite(model=model, device=device)
 
     def dense(self) -> System:
         """The model as it is."""
-        return models.load(self._suite.model, self._suite.dtype)
+        return models.load(self._suite.model, self._suite.dtype, self.device)
 
     def data(self, system: System) -> Data:
         """Text and other models."""
@@ -79,8 +79,10 @@ class Bench:
         """Held-out token ids (2, count)."""
         source = source_for(self._suite, system)
         if source is None:
-            return torch.randint(0, system.config.vocab_size, (2, count), generator=torch.Generator().manual_seed(0))
-        return torch.stack([torch.from_numpy(window) for window in source.evaluation(count, 2).ids])
+            ids = torch.randint(0, system.config.vocab_size, (2, count), generator=torch.Generator().manual_seed(0))
+        else:
+            ids = torch.stack([torch.from_numpy(window) for window in source.evaluation(count, 2).ids])
+        return ids.to(system.device)
 
     def logits(self, system: System) -> torch.Tensor:
         """What the system predicts, through its cache where it has one of its own."""
@@ -93,7 +95,7 @@ def small(technique: Technique, limits: dict[str, int] = SMALL) -> Technique:
     return replace(technique, **{key: value for key, value in limits.items() if key in known and known[key] > value})
 
 
-def check(technique: str | Technique, family: str = "") -> list[Check]:
+def check(technique: str | Technique, family: str = "", device: str = "cpu") -> list[Check]:
     """All checks of a technique, by name (built with its defaults) or as an object with its family.
 
     Raises `TechniqueError` for an unknown name.
@@ -101,7 +103,7 @@ def check(technique: str | Technique, family: str = "") -> list[Check]:
     if isinstance(technique, str):
         family = registry.entries()[technique].family if technique in registry.entries() else ""
         technique = registry.get(technique)()
-    bench = Bench(technique, family)
+    bench = Bench(technique, family, device=device)
     try:
         system = bench.applied()
     except UnfitError as reason:
@@ -174,7 +176,7 @@ def _saves(bench: Bench) -> Outcome:
     before, stored = bench.logits(system), memory.stored_bytes(system)
     with tempfile.TemporaryDirectory() as folder:
         store.save(system, Path(folder) / "system", "check")
-        loaded = store.load(Path(folder) / "system")
+        loaded = store.load(Path(folder) / "system", bench.device)
         if not torch.equal(bench.logits(loaded), before):
             yield "saved and loaded it gives other logits; what it computes with must be parameters and buffers", ""
         if memory.stored_bytes(loaded) != stored:
@@ -227,7 +229,7 @@ def _untouched(bench: Bench) -> Outcome:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -14,7 +14,8 @@ from effbench.registry import get
 from effbench.toolbox.grid import encode, fit_grid
 from effbench.toolbox.kernels import compiled
 from effbench.toolbox.kernels.words import pack_masks, pack_words, unpack_masks, unpack_words
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.packed import PackedLinear
+from effbench.toolbox.packing import tile_for
 
 
 @pytest.fixture

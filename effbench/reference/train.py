@@ -47,7 +47,7 @@ class Size:
 
 
 SIZES = {
-    "70k": Size(64, 2, 128),
+    "70k": Size(64, 2, 104),
     "150k": Size(96, 2, 192, head_dim=24),
     "300k": Size(128, 2, 256),
     "550k": Size(144, 3, 280, head_dim=24),
@@ -85,7 +85,7 @@ SEEDS_APART = 10_000_000
 
 
 def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and two query heads to a key head."""
+    """A Llama with tied embeddings and two query heads to a key head, but never one key head alone: see `look_back`."""
     heads = size.width // size.head_dim
     return LlamaForCausalLM(
         LlamaConfig(
@@ -94,7 +94,7 @@ def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
             intermediate_size=size.feedforward,
             num_hidden_layers=size.layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
+            num_key_value_heads=max(2, heads // 2),
             head_dim=size.head_dim,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,

@@ -13,7 +13,7 @@ from effbench import registry, results
 from effbench.columns import COLUMNS
 from effbench.evidence.page import PAGES, page
 from effbench.measure.derived import rows
-from effbench.report import machine
+from effbench.report import gpu, machine
 from effbench.report.markdown import markdown
 from effbench.report.table import VIEWS
 
@@ -41,6 +41,8 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
         texts[root / folder.relative_to(ROOT) / "README.md"] = page(root / folder.relative_to(ROOT), shown)
     if (root / machine.FOLDER / "limits.json").is_file():
         texts[root / machine.FOLDER / "README.md"] = machine.page(root / machine.FOLDER)
+    for measured in sorted((root / "results").glob("*/products.json")):
+        texts[measured.parent / "README.md"] = gpu.page(measured.parent)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     for name, content in blocks(root).items():

@@ -46,7 +46,7 @@ def page(folder: Path) -> str:
         "",
         f"Written by `{__doc__.split(chr(10))[2]}`.",
     ]
-    said += ["", *_limits(measured), "", *_beside(measured, found["numpy_copy_bytes_per_second"]), ""]
+    said += ["", *limit_lines(measured), "", *_beside(measured, found["numpy_copy_bytes_per_second"]), ""]
     said += [
         "A share is the shortest time that the counted bytes and operations take by these limits over the measured"
     ]
@@ -54,9 +54,10 @@ def page(folder: Path) -> str:
     return "\n".join(said) + "\n" + markdown(rows(records), views) + "\n" + _table(rows(records)[0])
 
 
-def _limits(measured: list[Limits]) -> list[str]:
+def limit_lines(measured: list[Limits]) -> list[str]:
+    """A table of what was measured."""
     blocks = list(measured[0].copy_bytes_per_second)
-    dtypes = [name for name in limits.DTYPES["cpu"] if name in measured[0].operations_per_second]
+    dtypes = list(measured[0].operations_per_second)
     heads = [f"copy of {size >> 20} MiB (GB/s)" for size in blocks] + [f"{name} (1e9 operations/s)" for name in dtypes]
     lines = ["| threads | " + " | ".join(heads) + " | load average |", "|---:|" + "---:|" * (len(heads) + 1)]
     for limit in measured:
@@ -105,8 +106,8 @@ def beside_numpy(size: int, tries: int = 15) -> tuple[float, float]:
     return 2 * size / min(times[0]), 2 * size / min(times[1])
 
 
-def make_model(folder: Path) -> None:
-    """A random Llama of 302 million parameters with a tokenizer of bytes, in bfloat16."""
+def make_model(folder: Path, width: int = 1024, layers: int = 21) -> None:
+    """A random Llama with a tokenizer of bytes, in bfloat16; of 302 million parameters if not told otherwise."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
@@ -116,11 +117,11 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=21,
-        num_attention_heads=16,
-        num_key_value_heads=16,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )

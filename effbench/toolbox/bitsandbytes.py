@@ -63,7 +63,8 @@ class FourBitLinear(StoredModule):
     tiled: codes lie as the CPU's bfloat16 kernel reads them (see `FourBitLinear.tiles`).
     bias, dtype: whether there is a bias, and its type.
 
-    A few bfloat16 rows on such a CPU go through the kernel, which rounds scales to bfloat16. All else is unpacked.
+    A few bfloat16 rows on such a CPU go through the kernel, which rounds scales to bfloat16. On a GPU the library
+    chooses between its kernel and unpacking, if no block crosses the end of a row. All else is unpacked.
     """
 
     def __init__(
@@ -158,6 +159,8 @@ class FourBitLinear(StoredModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.numel() // self.in_features
         trained = torch.is_grad_enabled() and x.requires_grad
+        if x.is_cuda and rows and not trained and not self.tiled and self.in_features % self.block_size == 0:
+            return self._gpu_product(x, bias)
         few = self.tiled and 0 < rows <= KERNEL_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if not few or trained or not _has_kernel():
             return nn.functional.linear(x, self.dequantized(x.dtype), bias)
@@ -167,6 +170,18 @@ class FourBitLinear(StoredModule):
         product = torch.ops.bitsandbytes.gemv_4bit.default(flat, self.codes, shape, scales, code, self.block_size)
         product = product.view(*x.shape[:-1], self.out_features)
         return product if bias is None else product + bias
+
+    def _gpu_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        library()
+        nested = {}
+        if self.options["double_quant"]:
+            code = _dynamic_map(self.scales.device)
+            nested = {"absmax_8bit": self.scales, "absmax_code": code, "absmax_offset": self.mean_scale}
+        scales, shape = self.scales_of_scales if nested else self.scales, (self.out_features, self.in_features)
+        product: Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+            x, self.codes.view(-1, 1), shape, scales, self.block_size, self.kind, bias=bias, **nested
+        )
+        return product
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -198,7 +213,8 @@ class LLMInt8Linear(StoredModule):
         bias = linear.bias
         dtype = str(bias.dtype if bias is not None else torch.float32).removeprefix("torch.")
         module = cls(linear.in_features, linear.out_features, threshold, bias is not None, dtype)
-        weight = linear.weight.detach().float().contiguous()
+        weight = linear.weight.detach().contiguous()
+        weight = weight.half() if weight.is_cuda else weight.float()  # all that the library rounds there
         module.codes, module.scales, _ = library().int8_vectorwise_quant(weight)
         if bias is not None:
             module.bias = bias.detach().clone()
@@ -220,9 +236,8 @@ class LLMInt8Linear(StoredModule):
         functional = library()
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         # a copy: large numbers are taken out of the rows in place and put back afterwards
-        codes, scales, large = functional.int8_vectorwise_quant(
-            rows.to(torch.float32, copy=True), threshold=self.threshold
-        )
+        copied = rows.to(torch.float16 if rows.is_cuda else torch.float32, copy=True)
+        codes, scales, large = functional.int8_vectorwise_quant(copied, threshold=self.threshold)
         product: Tensor
         if large is not None:
             product, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(

@@ -16,13 +16,15 @@ from effbench.toolbox.stored import StoredModule
 
 SMALLEST = 1e-5
 """What the largest number of a row counts as if it is below that."""
+GPU_ROWS, GPU_MULTIPLE = 32, 8
+"""torch's int8 product on a GPU takes no fewer than 17 rows, and matrices with multiples of 8 only."""
 
 
 class Int8Linear(StoredModule):
     """A linear layer over int8 weights with a scale for each output; each row of inputs is rounded to int8 as well.
 
     Both are symmetric: the largest absolute value of a row is 127. The product is torch's int8 one, which is exact;
-    where there is none for the shapes (a few rows on a GPU), the same numbers are multiplied in float32.
+    where there is none for the shapes, the same numbers are multiplied in float32.
     """
 
     def __init__(
@@ -68,18 +70,26 @@ class Int8Linear(StoredModule):
         if torch.is_grad_enabled() and x.requires_grad:  # the gradient goes straight through the rounding
             rounded = codes + (codes.detach().round() - codes.detach())
             sums = nn.functional.linear(rounded, self.codes.float())
-        elif self._multiplies_int8(len(rows), x.device):
-            sums = torch._int_mm(codes.round_().to(torch.int8), self.codes.T).float()
+        elif multiplies_int8(len(rows), self.codes.shape, x.device):
+            sums = int8_product(codes.round_().to(torch.int8), self.codes).float()
         else:
             sums = nn.functional.linear(codes.round_(), self.codes.float())
         product = sums * steps * self.scales.float()
         product = product if self.bias is None else product + self.bias.float()
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _multiplies_int8(self, rows: int, device: torch.device) -> bool:
-        """Whether torch's int8 product takes these shapes."""
-        whole_tiles = rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
-        return rows > 0 and (device.type == "cpu" or (device.type == "cuda" and whole_tiles))
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def multiplies_int8(rows: int, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether torch's int8 product takes so many rows and a matrix of `shape` (out, in)."""
+    whole_tiles = all(size % GPU_MULTIPLE == 0 for size in shape)
+    return rows > 0 and (device.type == "cpu" or (device.type == "cuda" and whole_tiles))
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """The exact int32 sums (rows, out) of int8 `x` (rows, in) times the transpose of int8 `weight` (out, in)."""
+    missing = max(0, GPU_ROWS - len(x)) if x.is_cuda else 0
+    padded = nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+    return torch._int_mm(padded, weight.T)[: len(x)]

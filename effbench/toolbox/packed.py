@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from effbench.errors import UnfitError
 from effbench.toolbox.checks import one_of, within
 from effbench.toolbox.grid import decode
-from effbench.toolbox.kernels import compiled, words
+from effbench.toolbox.kernels import compiled, of_gpus, words
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
 from effbench.toolbox.kernels.cpu import INT4_ROWS, INT8_ROWS, int4_product, int8_product, int8_rows, takes
 from effbench.toolbox.kernels.tiles import TILES, machine_tile, pack_tiles, unpack_tiles
 from effbench.toolbox.stored import StoredModule
 
 WEIGHTS_AT_ONCE = 1 << 18
-"""How many weights are held in float32 while a matrix is unpacked: what fits a core's own cache."""
+"""How many weights are held in float32 while a matrix is unpacked on a CPU: what fits a core's own cache."""
 
 
 class PackedLinear(StoredModule):
@@ -39,14 +39,14 @@ class PackedLinear(StoredModule):
     zeros: how zero points are stored: "codes" for whole numbers of `bits` bits, "float16" or "float32" for any
         number, "middle" if all are 2^(bits - 1) and none is stored.
     scale_dtype: "float16" or "float32".
-    tile: 0, or the height of the tiles in which codes are laid out for a kernel (see `tile_for`). With 64 and 32,
+    tile: 0, or the height of the tiles in which codes lie for a kernel (see `packing.tile_for`). With 64 and 32,
         scales and zeros are bfloat16, whatever the two options say; with 16, scales and zeros that are not "codes"
         are float16.
     bias, dtype: whether there is a bias, and its type.
 
     On a CPU, a few bfloat16 rows go through a kernel: tiles through the compiled one or, where there is none, those of
     64 and 32 through ATen's for int4; 8 bits with one scale a row through ATen's for int8 if the inputs are a multiple
-    of 16. All else unpacks the codes and multiplies.
+    of 16. On a GPU a few rows go through Triton's, of what is not in tiles. All else unpacks the codes and multiplies.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class PackedLinear(StoredModule):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight matrix (out, in) that the codes stand for, computed in float32 and made anew by each call."""
+        if gpu := self._gpu():
+            return gpu.unpacked(*self._told_gpu(), dtype)
         kernel = self._compiled() if dtype == torch.bfloat16 else None
         if kernel and self.tile:
             return kernel.unpacked(self._told(), self.out_features, self.in_features)
@@ -174,7 +176,7 @@ class PackedLinear(StoredModule):
             codes = unpack(self.codes, self.out_features * self.in_features, self.bits)
         codes = codes.view(self.out_features, self.groups, -1)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=codes.device)
-        rows = max(1, WEIGHTS_AT_ONCE // self.in_features)
+        rows = max(1, WEIGHTS_AT_ONCE // self.in_features) if codes.device.type == "cpu" else self.out_features
         for start in range(0, self.out_features, rows):
             some = slice(start, start + rows)
             values = decode(codes[some], scales[some], zeros[some])
@@ -213,6 +215,8 @@ class PackedLinear(StoredModule):
     def _kernel_product(self, x: Tensor) -> Tensor | None:
         """The rows of `x` times the weight by a kernel; `None` where there is none for it."""
         rows = x.reshape(-1, self.in_features)
+        if gpu := self._gpu():
+            return gpu.product(rows.contiguous(), *self._told_gpu()) if gpu.takes(x) else None
         kernel = self._compiled() if self.tile and takes(x, compiled.ROWS) else None
         # without vectors of its own, ATen's kernel is the faster one for its tiles
         if kernel and len(rows) <= kernel.rows and (self.words or kernel.vectors):
@@ -236,6 +240,17 @@ class PackedLinear(StoredModule):
         able = self.tile or (self.bits == 8 and self.groups == 1)
         return compiled.kernel() if able and self.codes.device.type == "cpu" else None
 
+    def _gpu(self) -> Any:
+        """The kernels of GPUs, if the codes are on one and these can read them."""
+        if self.tile or not self.codes.is_cuda or not (kernels := of_gpus()):
+            return None
+        return kernels if kernels.fits((self.out_features, self.in_features), self.groups, self.bits) else None
+
+    def _told_gpu(self) -> tuple[Any, ...]:
+        """What they have to know of the weight."""
+        zeros, shape = getattr(self, "zeros", None), (self.out_features, self.in_features)
+        return self.codes, self.scales, zeros, self.options["zeros"], shape, self.bits
+
     def _told(self) -> tuple[Any, ...]:
         """What the compiled kernel has to know of the weight."""
         grids, kind = (self.scales, self.options["zeros"]) if self.words else (self.scales_zeros, "tiles")
@@ -245,12 +260,12 @@ class PackedLinear(StoredModule):
 
     @property
     def simulated(self) -> str | None:
-        on_cpu = self.codes.device.type in ("cpu", "meta")
-        return None if on_cpu else "no kernel here multiplies packed codes: they are unpacked for each product"
+        real = self.codes.device.type in ("cpu", "meta") or self._gpu()
+        return None if real else "no kernel here multiplies such packed codes: they are unpacked for each product"
 
     @property
     def unpacked(self) -> str | None:
-        if self.simulated or (self.bits == 8 and self.groups == 1):
+        if self.simulated or self._gpu() or (self.bits == 8 and self.groups == 1):
             return None
         if not self.tile:
             return "codes are unpacked for each product: no kernel suits such rows, groups or dtypes"
@@ -267,21 +282,6 @@ def misfit(linear: nn.Linear, group_size: int) -> str | None:
     if group_size and linear.in_features % group_size:
         return f"its {linear.in_features} inputs do not divide into groups of {group_size}"
     return None
-
-
-def tile_for(linear: nn.Linear, bits: int, group_size: int, scale_dtype: str) -> int:
-    """The height of the tiles with which a kernel could compute `linear` from packed codes; 0 if none could.
-
-    They need a bfloat16 model on a CPU, 4, 3 or 2 bits, groups of a multiple of 32 inputs and rows that fill whole
-    tiles. 4 bits take the tiles of ATen's kernel where there is one here, all else those of the compiled one.
-    Scales asked for in float32 stay in float32, where neither can be used.
-    """
-    weight = linear.weight
-    if scale_dtype != "float16" or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return 0
-    tiles = (machine_tile(), words.TILE) if bits == 4 else (words.TILE,)
-    width = group_size or linear.in_features
-    return next((tile for tile in tiles if tile and fits_tile(tile, linear.out_features, width, bits)), 0)
 
 
 def fits_tile(tile: int, out_features: int, width: int, bits: int) -> bool:

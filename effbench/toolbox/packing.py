@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from effbench.toolbox.grid import encode, fit_grid
-from effbench.toolbox.packed import PackedLinear, tile_for
+from effbench.toolbox.kernels import words
+from effbench.toolbox.kernels.tiles import machine_tile
+from effbench.toolbox.packed import PackedLinear, fits_tile
 from effbench.toolbox.sparse import drop_zeros, fits_two_four
 
 
@@ -77,3 +79,18 @@ class Packing:
             tile=self.tile,
         )
         return drop_zeros(packed, weight)
+
+
+def tile_for(linear: nn.Linear, bits: int, group_size: int, scale_dtype: str) -> int:
+    """The height of the tiles with which a kernel could compute `linear` from packed codes; 0 if none could.
+
+    They need a bfloat16 model on a CPU, 4, 3 or 2 bits, groups of a multiple of 32 inputs and rows that fill whole
+    tiles. 4 bits take the tiles of ATen's kernel where there is one here, all else those of the compiled one.
+    Scales asked for in float32 stay in float32, where neither can be used.
+    """
+    weight = linear.weight
+    if scale_dtype != "float16" or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return 0
+    tiles = (machine_tile(), words.TILE) if bits == 4 else (words.TILE,)
+    width = group_size or linear.in_features
+    return next((tile for tile in tiles if tile and fits_tile(tile, linear.out_features, width, bits)), 0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from effbench.toolbox.checks import one_of
+from effbench.toolbox.int8 import int8_product, multiplies_int8
 from effbench.toolbox.kernels import compiled, words
 from effbench.toolbox.kernels.codes import pack, packed_bytes, unpack
 from effbench.toolbox.kernels.cpu import takes
@@ -157,7 +158,8 @@ class TernaryLinear(StoredModule):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         rows = x.numel() // self.in_features
-        if (torch.is_grad_enabled() and x.requires_grad) or not self._multiplies_int8(rows, x.device):
+        trained = torch.is_grad_enabled() and x.requires_grad
+        if trained or not multiplies_int8(rows, (self.out_features, self.in_features), x.device):
             return rounded_product(x, self.trits(), self.scale, bias).to(x.dtype)
         codes, factors = eight_bits(x)
         if takes(x, compiled.ROWS) and (kernel := self._kernel()) and rows <= kernel.rows:
@@ -165,7 +167,7 @@ class TernaryLinear(StoredModule):
             sums = kernel.product(codes.to(torch.bfloat16).view(rows, self.in_features), told, self.out_features)
             product = sums.float().view(*x.shape[:-1], self.out_features) * (self.scale / factors)
             return (product if bias is None else product + bias).to(x.dtype)
-        sums = torch._int_mm(codes.to(torch.int8).view(rows, self.in_features), self.trits().T)
+        sums = int8_product(codes.to(torch.int8).view(rows, self.in_features), self.trits())
         product = sums.view(*x.shape[:-1], self.out_features) * (self.scale / factors)
         return (product if bias is None else product + bias).to(x.dtype)
 
@@ -185,11 +187,6 @@ class TernaryLinear(StoredModule):
         if self.codes.device.type not in ("cpu", "meta"):
             return "codes are unpacked for each product: no kernel here multiplies ternary codes"
         return None if compiled.kernel() else f"codes are unpacked for each product: {compiled.absent()}"
-
-    def _multiplies_int8(self, rows: int, device: torch.device) -> bool:
-        """Whether torch's int8 product, which is exact, takes these shapes."""
-        whole_tiles = rows > 16 and self.in_features % 8 == 0 and self.out_features % 8 == 0
-        return rows > 0 and (device.type == "cpu" or (device.type == "cuda" and whole_tiles))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
