@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def _serve() -> None:
         import_module(name)
     gc.collect()
     gc.freeze()  # what is imported never dies: a child's collections need not walk it, and its pages stay shared
+    # a library may have left an idle thread, of which Python 3.12 warns at a fork; no child needs it
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     children: dict[int, int] = {}
     pending = b""
     woken, wake = os.pipe()

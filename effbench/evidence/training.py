@@ -69,9 +69,9 @@ def runs(folder: Path) -> list[Run]:
 
 
 def block_parameters(shape: Any) -> int:
-    """Parameters of all blocks: two query heads share a key head, the feed-forward part is gated, two norms."""
-    width = shape.width
-    return int(shape.layers * (3 * width**2 + 3 * width * shape.feedforward + 2 * width))
+    """Parameters of all blocks: attention, a gated feed-forward part, two norms."""
+    width, heads = shape.width, sum(shape.heads) * shape.head_dim
+    return int(shape.layers * (2 * width * heads + 3 * width * shape.feedforward + 2 * width))
 
 
 def tables(folder: Path) -> list[Table]:

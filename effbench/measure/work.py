@@ -7,6 +7,7 @@ whose kernel torch does not see counts as the product of the matrix that it stan
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from transformers import Cache
 
 from effbench.measure.limits import Work
@@ -56,10 +57,10 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         tensors = [item for item in args if isinstance(item, Tensor)]
-        if packet in flop_registry:
+        if packet.__name__.startswith("_scaled_dot_product"):
+            self.add(tensors[0], _attention(*(item.shape for item in tensors[:3])))
+        elif packet in flop_registry:
             self.add(tensors[-1], float(flop_registry[packet](*args, **(kwargs or {}), out_val=result)))
-        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            self.add(tensors[0], sdpa_flop_count(*(item.shape for item in tensors[:3])))
         elif packet is torch.ops.aten._int_mm:
             self.add(tensors[0], 2 * tensors[0].shape[0] * tensors[0].shape[1] * tensors[1].shape[1])
         return result
@@ -72,6 +73,11 @@ class _Operations(TorchDispatchMode):
     def total(self) -> float:
         """Those of all dtypes."""
         return sum(self.counts.values())
+
+
+def _attention(queries: torch.Size, keys: torch.Size, values: torch.Size) -> float:
+    """Of two products, from the shapes (..., heads, tokens, width); keys and values may have fewer heads."""
+    return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
 @dataclass

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 MODELS = {"ref-3m": "ref-3m", "random-llama-1b": str(Path("runs") / "random-llama-1b")}
 """Folders of the records, and their models."""
-TECHNIQUES = ("rtn:bits=8", "rtn:bits=4,group_size=64", "nf4", "llm_int8")
-LAYERS = (*TECHNIQUES, "rtn:bits=3,group_size=64", "rtn:bits=2,group_size=64", "mx", "smoothquant", "bitnet")
+TECHNIQUES = ("rtn:bits=8", "rtn:bits=4,group_size=64", "nf4")
+LAYERS = (*TECHNIQUES, "rtn:bits=3,group_size=64", "rtn:bits=2,group_size=64", "llm_int8", "smoothquant", "bitnet")
 """Whose layers are timed alone."""
 SIDE, BATCHES = 4096, (1, 8, 64, 512)
 """Of the matrix that is timed alone, and the rows that it is multiplied with."""

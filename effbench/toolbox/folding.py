@@ -45,7 +45,7 @@ class Fold:
         """`values` (in,) averaged over the inputs that come from one row: these can only be scaled alike."""
         if self.rows is None:
             return values
-        used, places = self.rows.unique(return_inverse=True)
+        used, places = self.rows.to(values.device).unique(return_inverse=True)
         sums = values.new_zeros(len(used)).index_add_(0, places, values)
         return (sums / torch.bincount(places).to(values.dtype))[places]
 

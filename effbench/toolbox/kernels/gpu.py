@@ -82,6 +82,18 @@ def _cut(shape: tuple[int, int], groups: int, bits: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    packed, place, low, turn, count, width, base, there, BITS: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """What a part of so many bits adds to the codes; `place` is where the lowest of a byte's rows have theirs."""
+    below: tl.constexpr = BITS & (7 ^ (2 * PART - 1))  # the bits of the parts before
+    fold: tl.constexpr = PART // (BITS & -BITS)  # this part's bytes hold that much fewer rows
+    at = place + count // 8 * below + ((turn % fold) * base * width)[:, None]
+    byte = tl.load(packed + at, mask=there[:, None], other=0).to(tl.int32)
+    return ((byte >> (turn // fold * PART)[:, None]) & ((1 << PART) - 1)) << below
+
+
+@triton.jit
 def _codes(packed, low, turn, columns, count, width, base, there, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes [rows, columns] of the rows low + turn * base, out of `count` codes with `width` in a row."""
     place = low[:, None] * width + columns[None, :]
@@ -89,15 +101,12 @@ def _codes(packed, low, turn, columns, count, width, base, there, BITS: tl.const
         found = tl.load(packed + place, mask=there[:, None], other=0).to(tl.int32) ^ 128
     else:
         found = tl.zeros(place.shape, tl.int32)
-        for step in tl.static_range(3):
-            part: tl.constexpr = 4 >> step
-            if BITS & part:
-                below: tl.constexpr = BITS & (7 ^ (2 * part - 1))  # the bits of the parts before
-                fold: tl.constexpr = part // (BITS & -BITS)  # this part's bytes hold that much fewer rows
-                start = count // 8 * below
-                at = place + start + ((turn % fold) * base * width)[:, None]
-                byte = tl.load(packed + at, mask=there[:, None], other=0).to(tl.int32)
-                found |= ((byte >> (turn // fold * part)[:, None]) & ((1 << part) - 1)) << below
+        if BITS & 4:
+            found |= _part(packed, place, low, turn, count, width, base, there, BITS, 4)
+        if BITS & 2:
+            found |= _part(packed, place, low, turn, count, width, base, there, BITS, 2)
+        if BITS & 1:
+            found |= _part(packed, place, low, turn, count, width, base, there, BITS, 1)
     return found
 
 
