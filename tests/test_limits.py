@@ -50,7 +50,8 @@ def test_the_work_of_a_token_is_what_can_be_computed_by_hand(kind: str) -> None:
     weights = sum(linear.weight.numel() for _, linear in matrices(system.model))
     products = 2 * (weights + system.model.get_output_embeddings().weight.numel())
     attention = 4 * system.config.num_hidden_layers * system.config.hidden_size * sum(held) / len(held)
-    assert decode.operations == {"bfloat16": pytest.approx(products + attention, rel=0.01)}
+    assert decode.operations["bfloat16"] == pytest.approx(products + attention, rel=0.01)
+    assert decode.operations.get("float32", 0) < 1e-3 * products  # of positions, in some versions of transformers
     assert prefill.operations["bfloat16"] == pytest.approx(20 * 2 * weights, rel=0.5)
     assert decode.bytes < prefill.bytes + 4096 < decode.bytes + 2 * 20 * 64 * 2 + 4096
 
@@ -59,7 +60,7 @@ def test_a_packed_layer_needs_fewer_bytes_and_the_same_operations() -> None:
     dense, packed = random_system("llama"), applied(random_system("llama"), "rtn:bits=8")
     _, before = count(dense, PROMPT, 3)
     _, after = count(packed, PROMPT, 3)
-    assert sum(after.operations.values()) == pytest.approx(sum(before.operations.values()), rel=1e-6)
+    assert sum(after.operations.values()) == pytest.approx(sum(before.operations.values()), rel=1e-3)
     assert before.bytes - after.bytes == pytest.approx(stored_bytes(dense) - stored_bytes(packed), rel=1e-6)
 
 
@@ -96,8 +97,8 @@ def test_limits_are_measured_kept_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(limits, "BLOCKS", {"cpu": (2**12, 2**16)})
-    monkeypatch.setattr(limits, "SIDES", {"cpu": 32})
+    monkeypatch.setattr(limits, "BLOCKS", dict.fromkeys(("cpu", "cuda"), (2**12, 2**16)))
+    monkeypatch.setattr(limits, "SIDES", dict.fromkeys(("cpu", "cuda"), 32))
     monkeypatch.setattr(limits, "TRIES", 2)
     threads = torch.get_num_threads()
     assert limits.known("cpu", 1) is None

@@ -137,7 +137,7 @@ class SparseLinear(StoredModule):
     store: "bitmask", "2:4" or "csr".
     kept: how many weights are stored.
     bias, dtype: whether there is a bias, and the type of it and of the weights.
-    layout: of "2:4": "plain", or "cutlass" for the kernel of GPUs (see `effbench.toolbox.kernels.two_four`).
+    layout: of "2:4": "plain", or that of a kernel of GPUs (see `effbench.toolbox.kernels.two_four`).
 
     On a CPU, "csr" goes through torch's sparse product where it is the faster way; on a GPU that has sparse tensor
     cores, what was packed there as "2:4" goes through them. All else fills in the zeros for a product and drops them
@@ -155,18 +155,19 @@ class SparseLinear(StoredModule):
         layout: str = "plain",
     ) -> None:
         one_of("store", store, STORES[1:])
-        one_of("layout", layout, ("plain", "cutlass"))
+        one_of("layout", layout, two_four.LAYOUTS)
         options = {"store": store, "kept": kept, "bias": bias, "dtype": dtype, "layout": layout}
         super().__init__(in_features=in_features, out_features=out_features, **options)
         self.in_features, self.out_features, self.store, self.kept = in_features, out_features, store, kept
         self.layout, self._shape = layout, (out_features, in_features)
-        self.values: Tensor = nn.Buffer(torch.empty(kept, dtype=getattr(torch, dtype)))
+        joined = layout == "cusparselt"  # the places are counted as values
+        self.values: Tensor = nn.Buffer(torch.empty(kept * (8 + joined) // 8, dtype=getattr(torch, dtype)))
         if store == "csr":
             index = torch.int16 if in_features <= 32767 else torch.int32
             self.columns: Tensor = nn.Buffer(torch.empty(kept, dtype=index))
             self.starts: Tensor = nn.Buffer(torch.empty(out_features + 1, dtype=torch.int32))
         else:
-            size = _places_bytes(store, in_features * out_features)
+            size = 0 if joined else _places_bytes(store, in_features * out_features)
             self.places: Tensor = nn.Buffer(torch.empty(size, dtype=torch.uint8))
         self.bias: Tensor | None = nn.Buffer(torch.empty(out_features, dtype=getattr(torch, dtype))) if bias else None
 
@@ -178,37 +179,37 @@ class SparseLinear(StoredModule):
         """
         weight = linear.weight.detach()
         kept = _keep(weight, store)
-        out_features, in_features = weight.shape
         dtype = str(weight.dtype).removeprefix("torch.")
-        layout = "cutlass" if store == "2:4" and two_four.fits(weight) else "plain"
-        module = cls(in_features, out_features, store, int(kept.sum()), linear.bias is not None, dtype, layout)
+        layout = two_four.layout(weight) if store == "2:4" else "plain"
+        bias = linear.bias is not None
+        module = cls(linear.in_features, linear.out_features, store, int(kept.sum()), bias, dtype, layout)
         module.values = weight[kept]
-        if layout == "cutlass":
-            module.values, module.places = two_four.pack(weight)
+        if layout != "plain":
+            module.values, module.places = two_four.pack(weight, layout)
         elif store == "csr":
             module.columns = kept.nonzero()[:, 1].to(module.columns.dtype)
             module.starts = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
         else:
             module.places = _pack_places(kept, store)
-        if linear.bias is not None:
+        if bias:
             module.bias = linear.bias.detach().to(weight.dtype, copy=True)
         return module
 
     def dense(self) -> Tensor:
         """The weight matrix (out, in) with its zeros, made anew by each call."""
-        if self.layout == "cutlass":
-            weight: Tensor = two_four.matrix(self.values, self.places, self._shape).to_dense()
-            return weight
+        if self.layout != "plain":
+            return two_four.filled_in(self.values, self.places, self._shape, self.layout)
         if self.store != "csr":
             return _fill_in(self.values, self.places, self.store, self._shape)
-        weight = self.values.new_zeros(self._shape)
-        rows = torch.repeat_interleave(self.starts.diff())
-        weight[rows, self.columns.long()] = self.values
+        weight: Tensor = self.values.new_zeros(self._shape)
+        weight[torch.repeat_interleave(self.starts.diff()), self.columns.long()] = self.values
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layout == "cutlass" and two_four.takes(x, self.values):
-            return nn.functional.linear(x, two_four.matrix(self.values, self.places, self._shape), self.bias)
+        if self.layout != "plain" and two_four.takes(x, self.values):
+            return nn.functional.linear(
+                x, two_four.matrix(self.values, self.places, self._shape, self.layout), self.bias
+            )
         return self.sparse_product(x) if self._multiplies_sparse(x) else self.filled_in_product(x)
 
     def filled_in_product(self, x: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ Importing this needs Triton, which torch brings along where it is built for CUDA
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64
+ROWS = 16
 """Up to so many rows the product beats unpacking (4096 x 4096, H100)."""
-TALL, WIDE = 16, 128
-"""Rows and columns that a program takes at a time."""
+SINGLE, FEW, UNPACKING = (8, 1024, 4), (16, 256, 4), (16, 256, 4)
+"""Rows and columns that a program takes at a time, and its warps: for one row, for a few, and to unpack."""
 NARROW = 32
-"""Fewer columns in a row than this, or no multiple of it, are not worth a kernel."""
+"""Groups of fewer columns than this, or of no multiple of it, are not worth a kernel."""
 ZEROS = {"middle": 0, "codes": 1, "float16": 2, "float32": 2}
 """How the kernels call the ways in which zero points are stored."""
 
@@ -43,12 +45,13 @@ def product(
     `codes` are as `codes.pack` gives them, `scales` (out, groups); `kind` is how `zeros` are stored.
     """
     y = x.new_empty(x.shape[0], shape[0])
-    at_once = 1 if x.shape[0] == 1 else max(16, min(64, triton.next_power_of_2(x.shape[0])))
-    base, wide = _cut(shape, scales.shape[1], bits)
-    grid = triton.cdiv(base, TALL // _rows_of_a_byte(bits)), triton.cdiv(x.shape[0], at_once)
+    at_once = 1 if x.shape[0] == 1 else 16
+    tile = SINGLE if at_once == 1 else FEW
+    tall, *wide, base = _cut(shape, scales.shape[1], bits, tile)
+    grid = triton.cdiv(base, tall // _rows_of_a_byte(bits)), triton.cdiv(x.shape[0], at_once)
     told = codes, scales, codes if zeros is None else zeros, *shape, scales.shape[1], base
-    with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
-        _product[grid](*told, x, y, x.shape[0], bits, ZEROS[kind], TALL, wide, at_once)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _product[grid](*told, x, y, x.shape[0], bits, ZEROS[kind], tall, *wide, at_once, num_warps=tile[2])
     return y
 
 
@@ -63,11 +66,11 @@ def unpacked(
 ) -> Tensor:
     """scales * (codes - zeros) (out, in), computed in float32; as for `product`."""
     y = torch.empty(shape, dtype=dtype, device=codes.device)
-    base, wide = _cut(shape, scales.shape[1], bits)
-    grid = triton.cdiv(base, TALL // _rows_of_a_byte(bits)), shape[1] // wide
+    tall, *wide, base = _cut(shape, scales.shape[1], bits, UNPACKING)
+    grid = triton.cdiv(base, tall // _rows_of_a_byte(bits)), shape[1] // (wide[0] * wide[1])
     told = codes, scales, codes if zeros is None else zeros, *shape, scales.shape[1], base
-    with torch.cuda.device(y.device) if y.is_cuda else torch.no_grad():
-        _unpack[grid](*told, y, bits, ZEROS[kind], TALL, wide)
+    with torch.cuda.device(y.device) if y.is_cuda else nullcontext():
+        _unpack[grid](*told, y, bits, ZEROS[kind], tall, *wide, num_warps=UNPACKING[2])
     return y
 
 
@@ -75,10 +78,15 @@ def _rows_of_a_byte(bits: int) -> int:
     return 8 // (bits & -bits)
 
 
-def _cut(shape: tuple[int, int], groups: int, bits: int) -> tuple[int, int]:
-    """How far apart the rows of a byte lie, and how many columns are read at a time: none of two groups."""
-    width = shape[1] // groups
-    return shape[0] // _rows_of_a_byte(bits), min(WIDE, width & -width)
+def _cut(shape: tuple[int, int], groups: int, bits: int, tile: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """How many rows, groups and columns of each are read at a time, and how far apart the rows of a byte lie.
+
+    Columns are a power of two that divides a group; groups are more than one only if all columns of each are read.
+    """
+    width, (tall, wide, _) = shape[1] // groups, tile
+    columns = min(wide, width & -width)
+    several = min(wide // columns, groups & -groups) if columns == width else 1
+    return max(tall, _rows_of_a_byte(bits)), several, columns, shape[0] // _rows_of_a_byte(bits)
 
 
 @triton.jit
@@ -88,17 +96,17 @@ def _part(  # type: ignore[no-untyped-def]
     """What a part of so many bits adds to the codes; `place` is where the lowest of a byte's rows have theirs."""
     below: tl.constexpr = BITS & (7 ^ (2 * PART - 1))  # the bits of the parts before
     fold: tl.constexpr = PART // (BITS & -BITS)  # this part's bytes hold that much fewer rows
-    at = place + count // 8 * below + ((turn % fold) * base * width)[:, None]
-    byte = tl.load(packed + at, mask=there[:, None], other=0).to(tl.int32)
-    return ((byte >> (turn // fold * PART)[:, None]) & ((1 << PART) - 1)) << below
+    at = place + count // 8 * below + (turn % fold) * base * width
+    byte = tl.load(packed + at, mask=there, other=0).to(tl.int32)
+    return ((byte >> (turn // fold * PART)) & ((1 << PART) - 1)) << below
 
 
 @triton.jit
-def _codes(packed, low, turn, columns, count, width, base, there, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes [rows, columns] of the rows low + turn * base, out of `count` codes with `width` in a row."""
-    place = low[:, None] * width + columns[None, :]
+def _codes(packed, low, turn, column, count, width, base, there, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of the rows low + turn * base, out of `count` codes with `width` in a row; all of one rank."""
+    place = low * width + column
     if BITS == 8:
-        found = tl.load(packed + place, mask=there[:, None], other=0).to(tl.int32) ^ 128
+        found = tl.load(packed + place, mask=there, other=0).to(tl.int32) ^ 128
     else:
         found = tl.zeros(place.shape, tl.int32)
         if BITS & 4:
@@ -113,37 +121,43 @@ def _codes(packed, low, turn, columns, count, width, base, there, BITS: tl.const
 @triton.jit
 def _weights(  # type: ignore[no-untyped-def]
     codes, scales, zeros, out, width, groups, base, low, turn, first, BITS: tl.constexpr, ZERO: tl.constexpr,
-    WIDE: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The weights [rows, WIDE] of the rows low + turn * base from column `first` on, which are of one group."""
+    """The weights [rows, GROUPS, WIDE] of the rows low + turn * base from column `first` on.
+
+    `low` and `turn` are [rows, 1, 1]. More than one group are whole ones.
+    """
     there = low < base
-    group = first // (width // groups)
+    group = first // (width // groups) + tl.arange(0, GROUPS)[None, :, None]
     grid = (low + turn * base) * groups + group
     scale = tl.load(scales + grid, mask=there, other=0).to(tl.float32)
     if ZERO == 0:
         zero = tl.full(scale.shape, 1 << (BITS - 1), tl.float32)
     elif ZERO == 1:
-        one = group + tl.arange(0, 1)
-        zero = tl.sum(_codes(zeros, low, turn, one, out * groups, groups, base, there, BITS), 1).to(tl.float32)
+        zero = _codes(zeros, low, turn, group, out * groups, groups, base, there, BITS).to(tl.float32)
     else:
         zero = tl.load(zeros + grid, mask=there, other=0).to(tl.float32)
-    found = _codes(codes, low, turn, first + tl.arange(0, WIDE), out * width, width, base, there, BITS)
-    return (found.to(tl.float32) - zero[:, None]) * scale[:, None]
+    column = first + tl.arange(0, GROUPS)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None, :]
+    found = _codes(codes, low, turn, column, out * width, width, base, there, BITS)
+    return (found.to(tl.float32) - zero) * scale
 
 
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
     codes, scales, zeros, out, width, groups, base, x, y, rows, BITS: tl.constexpr, ZERO: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    TALL: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    turns: tl.constexpr = 8 // (BITS & -BITS)
-    apart: tl.constexpr = TALL // turns
+    apart: tl.constexpr = TALL // (8 // (BITS & -BITS))
     low, turn = tl.program_id(0) * apart + tl.arange(0, TALL) % apart, tl.arange(0, TALL) // apart
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, TALL), tl.float32)
-    for first in range(0, width, WIDE):
-        weights = _weights(codes, scales, zeros, out, width, groups, base, low, turn, first, BITS, ZERO, WIDE)
-        at = row[:, None] * width + first + tl.arange(0, WIDE)[None, :]
+    for first in range(0, width, GROUPS * WIDE):
+        weights = _weights(
+            codes, scales, zeros, out, width, groups, base, low[:, None, None], turn[:, None, None], first, BITS, ZERO,
+            GROUPS, WIDE,
+        )  # fmt: skip
+        weights = tl.reshape(weights, (TALL, GROUPS * WIDE))
+        at = row[:, None] * width + first + tl.arange(0, GROUPS * WIDE)[None, :]
         some = tl.load(x + at, mask=(row < rows)[:, None], other=0)
         if ROWS == 1:
             sums += tl.sum(weights * some.to(tl.float32), 1)[None, :]
@@ -156,12 +170,13 @@ def _product(  # type: ignore[no-untyped-def]
 @triton.jit
 def _unpack(  # type: ignore[no-untyped-def]
     codes, scales, zeros, out, width, groups, base, y, BITS: tl.constexpr, ZERO: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr,
+    TALL: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    turns: tl.constexpr = 8 // (BITS & -BITS)
-    apart: tl.constexpr = TALL // turns
+    apart: tl.constexpr = TALL // (8 // (BITS & -BITS))
     low, turn = tl.program_id(0) * apart + tl.arange(0, TALL) % apart, tl.arange(0, TALL) // apart
-    first = tl.program_id(1) * WIDE
-    weights = _weights(codes, scales, zeros, out, width, groups, base, low, turn, first, BITS, ZERO, WIDE)
-    at = (low + turn * base)[:, None] * width + first + tl.arange(0, WIDE)[None, :]
-    tl.store(y + at, weights.to(y.dtype.element_ty), mask=(low < base)[:, None])
+    low, turn = low[:, None, None], turn[:, None, None]
+    first = tl.program_id(1) * (GROUPS * WIDE)
+    weights = _weights(codes, scales, zeros, out, width, groups, base, low, turn, first, BITS, ZERO, GROUPS, WIDE)
+    column = first + tl.arange(0, GROUPS)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None, :]
+    there = (low < base) & (column < width)
+    tl.store(y + (low + turn * base) * width + column, weights.to(y.dtype.element_ty), mask=there)
