@@ -149,7 +149,8 @@ def _shared(pynvml: Any, handle: Any) -> str:
     running = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
     # a container sees other numbers than the driver: then this row's and the dense worker's are the two that may be
     others = running - ours if running & ours else set(sorted(running)[2:])
-    return f"{len(others)} other processes use the GPU, and the counter is that of all" if others else ""
+    who = "another process uses" if len(others) == 1 else f"{len(others)} other processes use"
+    return f"{who} the GPU, and the counter is that of all" if others else ""
 
 
 class _Integrated:

@@ -44,6 +44,7 @@ class Size:
     layers: int
     feedforward: int
     head_dim: int = 32
+    tokens: int = 9_000_000  # that the shipped checkpoint has read; 70k needs more until it knows facts
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -52,7 +53,7 @@ class Size:
 
 
 SIZES = {
-    "70k": Size(64, 2, 104),
+    "70k": Size(64, 2, 104, tokens=16_000_000),
     "150k": Size(96, 2, 192, head_dim=24),
     "300k": Size(128, 2, 256),
     "550k": Size(144, 3, 280, head_dim=24),
@@ -60,9 +61,6 @@ SIZES = {
     "3m": Size(256, 4, 768),
 }
 """By the number of parameters in the blocks; 150k and 550k do not ship."""
-
-TOKENS = 9_000_000
-"""What the shipped checkpoints have read."""
 
 BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
@@ -264,18 +262,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=TOKENS, help="in all")
+    parser.add_argument("--tokens", type=float, help="in all; as many as the shipped checkpoint has read if not given")
     parser.add_argument("--out", type=Path, help="folder; the shipped checkpoint's own if not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="a tenth faster from 1m on; needs a C++ compiler")
     options = parser.parse_args()
-    if options.out is None and (options.seed, int(options.tokens)) != (0, TOKENS):
+    size = SIZES[options.size]
+    tokens = int(options.tokens or size.tokens)
+    if options.out is None and (options.seed, tokens) != (0, size.tokens):
         parser.error("a shipped checkpoint is of seed 0 and of the usual tokens; give --out FOLDER for another run")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     started, device = time.monotonic(), torch.device(automatic if options.device == "auto" else options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    trainer = Trainer(SIZES[options.size], options.seed, int(options.tokens), device, options.compile)
+    trainer = Trainer(size, options.seed, tokens, device, options.compile)
     trainer.run()
     model = trainer.model.to(torch.bfloat16)  # what is reported is what ships
     report = {

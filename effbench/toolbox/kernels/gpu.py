@@ -17,7 +17,7 @@ from torch import Tensor
 
 ROWS = 16
 """Up to so many rows the product beats unpacking (4096 x 4096, H100)."""
-SINGLE, FEW, UNPACKING = (8, 1024, 4), (16, 256, 4), (16, 256, 4)
+SINGLE, FEW, UNPACKING = (4, 1024, 4), (16, 256, 4), (8, 1024, 4)
 """Rows and columns that a program takes at a time, and its warps: for one row, for a few, and to unpack."""
 NARROW = 32
 """Groups of fewer columns than this, or of no multiple of it, are not worth a kernel."""

@@ -48,7 +48,7 @@ def matrix(values: Tensor, places: Tensor, shape: tuple[int, int], kernel: str) 
         warnings.simplefilter("ignore")
         return kind(
             torch.Size(shape),
-            packed=values if one else values.view(shape[0], -1),
+            packed=values.view(shape[0], -1),
             meta=None if one else places.view(torch.int16).view(shape[0], -1),
             packed_t=None,
             meta_t=None,
