@@ -214,7 +214,7 @@ def nvml(**changes: Any) -> SimpleNamespace:
             {"nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=-number) for number in (1, 2, 3)]},
             "1-2",
             None,
-            "refused: 1 other processes use the GPU",
+            "refused: another process uses the GPU",
         ),
         ({"nvmlInit": FakeError("no driver")}, "1-2", None, "cannot be read (no driver)"),
     ],

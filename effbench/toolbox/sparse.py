@@ -179,9 +179,8 @@ class SparseLinear(StoredModule):
         """
         weight = linear.weight.detach()
         kept = _keep(weight, store)
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype, bias = str(weight.dtype).removeprefix("torch."), linear.bias is not None
         layout = two_four.layout(weight) if store == "2:4" else "plain"
-        bias = linear.bias is not None
         module = cls(linear.in_features, linear.out_features, store, int(kept.sum()), bias, dtype, layout)
         module.values = weight[kept]
         if layout != "plain":
