@@ -1,6 +1,9 @@
 """Rounds alternate, are watched, and are never silently kept when something disturbed them."""
 
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -211,3 +214,13 @@ def test_a_run_killed_before_the_noise_floor_was_whole_measures_the_rest_of_it(t
         return 0
 
     assert asked_of_workers(suite, tmp_path, rows, code) == ["serve dense", "stray dense", "speed small"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system knows no affinity")
+def test_a_process_that_stays_on_one_core_tells_of_all_that_there_are() -> None:
+    ask = (
+        "import os; from effbench.jobs.rounds import share_cores; from effbench.measure.host import machine; "
+        "share_cores(1); print(len(os.sched_getaffinity(0)), machine()['cores'])"
+    )
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["1", str(len(os.sched_getaffinity(0)))]

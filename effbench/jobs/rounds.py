@@ -22,6 +22,7 @@ from torch import Tensor
 
 from effbench.measure import disturbance
 from effbench.measure.disturbance import Moment
+from effbench.measure.host import usable_cores
 from effbench.measure.speed import one_round
 from effbench.measure.statistics import trimmed_mean
 from effbench.results import Record
@@ -40,6 +41,7 @@ def share_cores(threads: int) -> None:
     The last ones, since the first often serves interrupts. Where the system knows no affinity, nothing is done.
     """
     if hasattr(os, "sched_setaffinity"):
+        usable_cores()  # a record tells the machine's, not those of this process
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
 
 

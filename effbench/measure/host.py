@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,8 +168,9 @@ def _flags(info: dict[str, str]) -> set[str]:
     return set((info.get("flags") or info.get("Features") or "").split())
 
 
+@cache
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The cores that this process may use, or might when that was first asked."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
