@@ -82,6 +82,9 @@ def _energy(found: list[Row]) -> list[str]:
     from scipy.stats import t
 
     source = found[0].record.provenance.get("energy", {}).get("source", "none")
+    whys = {row.record.missing.get(name, "") for row in found for name in ENERGIES}
+    if len(whys) == 1 and "" not in whys:
+        return ["", f"Energy was not measured: {whys.pop()}."]
     lines = [
         "",
         f"Energy above idle ({source}), millijoules a token, with the half of a 95 % interval over the windows:",
