@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from effbench import cli, models, store
 from effbench.jobs.applying import Before
 from effbench.measure.memory import stored_bytes
-from effbench.toolbox.bitsandbytes import FourBitLinear, LLMInt8Linear
+from effbench.toolbox.bitsandbytes import FourBitLinear
+from effbench.toolbox.llm_int8 import LLMInt8Linear
 
 GONE = "model.layers.1.mlp.down_proj.weight"
 IDS = torch.arange(3, 27).view(2, 12)

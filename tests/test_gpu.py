@@ -99,7 +99,7 @@ def test_four_bits_of_the_library(kind: str, double_quant: bool, monkeypatch: py
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_llm_int8(rows: int) -> None:
     pytest.importorskip("bitsandbytes")
-    from effbench.toolbox.bitsandbytes import LLMInt8Linear
+    from effbench.toolbox.llm_int8 import LLMInt8Linear
 
     linear = nn.Linear(256, 128, dtype=torch.bfloat16, device="cuda")
     layer = LLMInt8Linear.pack(linear, 6.0)

@@ -179,6 +179,13 @@ def test_where_there_is_a_kernel_a_few_rows_go_through_it(name: str, monkeypatch
     assert (by_kernel - unpacked).norm() < 0.01 * unpacked.norm()
 
 
+def test_a_layer_without_a_kernel_says_that_its_codes_are_unpacked() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        packed: Any = layer("nf4", nn.Linear(128, 64, dtype=dtype).requires_grad_(False))
+        assert (packed.unpacked is None) == packed.tiled
+        assert dtype == torch.bfloat16 or not packed.tiled
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from effbench.toolbox.bitsandbytes import FourBitLinear, LLMInt8Linear, library, tileable
+from effbench.toolbox.bitsandbytes import FourBitLinear, library, tileable
+from effbench.toolbox.llm_int8 import LLMInt8Linear
 from effbench.toolbox.walk import replace_module
 
 

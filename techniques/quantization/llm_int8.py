@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from effbench.technique import Inputs, LayerTechnique, System
-from effbench.toolbox.bitsandbytes import EXTRA, LLMInt8Linear
+from effbench.toolbox.bitsandbytes import EXTRA
 from effbench.toolbox.checks import within
 from effbench.toolbox.extras import lacks
+from effbench.toolbox.llm_int8 import LLMInt8Linear
 
 
 @dataclass(frozen=True)
