@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def lawful() -> list[training.Run]:
 
 def test_neighbouring_sizes_have_to_lie_five_paired_errors_apart() -> None:
     found = lawful()
-    assert [line.holds for line in training.scaling(found).lines] == [True] * 6
+    table = training.scaling(found)
+    assert [line.holds for line in table.lines] == [True] * 6
+    assert any(re.fullmatch(r"on 1M tokens each a law leaves up to 0\.000\d nats", said) for said in table.after)
     gap = found[9].nats - found[6].nats  # the standard error of 256 rows with noise 16 is 1
     for errors, holds in ((6, True), (4, False)):
         noisy = [run("550k", found[9].nats, -gap / errors * 16) for _ in range(3)]

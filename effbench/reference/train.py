@@ -44,16 +44,10 @@ class Size:
     layers: int
     feedforward: int
     head_dim: int = 32
-    tokens: int = 9_000_000  # that the shipped checkpoint has read; 70k needs more until it knows facts
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """Of queries, and half as many of keys, but two at least: one looks one token back and one two."""
-        return (count := self.width // self.head_dim), max(2, count // 2)
 
 
 SIZES = {
-    "70k": Size(64, 2, 104, tokens=16_000_000),
+    "70k": Size(64, 2, 128),
     "150k": Size(96, 2, 192, head_dim=24),
     "300k": Size(128, 2, 256),
     "550k": Size(144, 3, 280, head_dim=24),
@@ -61,6 +55,9 @@ SIZES = {
     "3m": Size(256, 4, 768),
 }
 """By the number of parameters in the blocks; 150k and 550k do not ship."""
+
+TOKENS = 9_000_000
+"""What the shipped checkpoints have read."""
 
 BATCH_TOKENS = 2048
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 4e-3, 0.05
@@ -88,8 +85,8 @@ SEEDS_APART = 10_000_000
 
 
 def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings."""
-    heads, key_heads = size.heads
+    """A Llama with tied embeddings and two query heads to a key head."""
+    heads = size.width // size.head_dim
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=math.ceil(vocabulary / 64) * 64,
@@ -97,7 +94,7 @@ def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
             intermediate_size=size.feedforward,
             num_hidden_layers=size.layers,
             num_attention_heads=heads,
-            num_key_value_heads=key_heads,
+            num_key_value_heads=heads // 2,
             head_dim=size.head_dim,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
@@ -117,8 +114,9 @@ def look_back(model: LlamaForCausalLM, sharpness: float = 6.0, frequencies: int 
     keys that do not depend on the word, and keys rotated back by the distance, so that under rotary embeddings their
     product is largest at that distance.
     """
-    config, embedding = model.config, model.model.embed_tokens.weight
+    config = model.config
     head_dim = config.head_dim
+    embedding = model.model.embed_tokens.weight
     embedding[:, 0] = 4 * embedding.std()
     constant = (embedding[:, 0] / embedding.square().mean(1).sqrt()).mean()  # channel 0 behind the first norm
     angle = model.model.rotary_emb.inv_freq[:frequencies]
@@ -165,7 +163,8 @@ class Trainer:
             torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.rates = [MUON_RATE, ADAM_RATE]
-        self.steps = self.repeated_tokens = 0
+        self.steps = 0
+        self.repeated_tokens = 0
 
     def step(self, ids: np.ndarray, rate: float, watched: int) -> tuple[Tensor, Tensor]:
         """One update on rows (rows, length); returns the loss and which tokens of the first `watched` rows were
@@ -220,16 +219,18 @@ def evaluate(model: LlamaForCausalLM, world: World, rows: int, count: int) -> di
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         losses.append(functional.cross_entropy(logits.float().mT, tokens[:, 1:], reduction="none").cpu())
-    nats, kinds = torch.cat(losses).numpy(), stream.kinds[:, 1:]
+    nats = torch.cat(losses).numpy()
+    kinds = stream.kinds[:, 1:]
     by_kind = {name: float(nats[kinds == kind].mean()) for kind, name in enumerate(KINDS)}
     accuracy = {task: _accuracy(model, world, task, count) for task in TASKS}
-    by_row = [round(row, 5) for row in nats.mean(1).tolist()]
     model.train()
+    by_row = [round(row, 5) for row in nats.mean(1).tolist()]
     return {"nats": float(nats.mean()), "nats_by_kind": by_kind, "accuracy": accuracy, "nats_by_row": by_row}
 
 
 def _accuracy(model: LlamaForCausalLM, world: World, task: str, count: int) -> float:
-    right, asked = 0, sorted(items(task, count), key=lambda item: len(item["context"]))
+    right = 0
+    asked = sorted(items(task, count), key=lambda item: len(item["context"]))
     for start in range(0, count, 25):
         batch = asked[start : start + 25]
         contexts = [[world.bos, *world.lexicon.phrase(item["context"])] for item in batch]
@@ -262,20 +263,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, help="in all; as many as the shipped checkpoint has read if not given")
+    parser.add_argument("--tokens", type=float, default=TOKENS, help="in all")
     parser.add_argument("--out", type=Path, help="folder; the shipped checkpoint's own if not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="a tenth faster from 1m on; needs a C++ compiler")
     options = parser.parse_args()
-    size = SIZES[options.size]
-    tokens = int(options.tokens or size.tokens)
-    if options.out is None and (options.seed, tokens) != (0, size.tokens):
+    if options.out is None and (options.seed, int(options.tokens)) != (0, TOKENS):
         parser.error("a shipped checkpoint is of seed 0 and of the usual tokens; give --out FOLDER for another run")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    started, device = time.monotonic(), torch.device(automatic if options.device == "auto" else options.device)
+    device = torch.device(automatic if options.device == "auto" else options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    trainer = Trainer(size, options.seed, tokens, device, options.compile)
+    started = time.monotonic()
+    trainer = Trainer(SIZES[options.size], options.seed, int(options.tokens), device, options.compile)
     trainer.run()
     model = trainer.model.to(torch.bfloat16)  # what is reported is what ships
     report = {
