@@ -170,12 +170,10 @@ def law(parameters: Sequence[float], nats: Sequence[float]) -> tuple[float, floa
 def scaling(found: Sequence[Run]) -> Table:
     """What size is worth: the means over seeds, from one size to the next and against the law."""
     sizes = _longest(found)
-    counts = [some[0].parameters for some in sizes]
-    means = [sum(run.nats for run in some) / len(some) for some in sizes]
-    offset, height, alpha = law(counts, means) if len(sizes) >= SIZES else [math.nan] * 3
+    means, laid, (offset, height, alpha) = _laid(sizes)
     lines = []
-    for place, (some, count, mean) in enumerate(zip(sizes, counts, means, strict=True)):
-        fitted = offset + height * (count / counts[0]) ** -alpha
+    for place, (some, mean, fitted) in enumerate(zip(sizes, means, laid, strict=True)):
+        count = some[0].parameters
         step = _step(sizes[place - 1], some) if place else None
         z = errors_from(*step) if step else math.nan
         spread = max(run.nats for run in some) - min(run.nats for run in some)
@@ -193,7 +191,7 @@ def scaling(found: Sequence[Run]) -> Table:
     if (even := _even(found)) is not None:
         after.append(even)
     if math.isfinite(offset):
-        term = f"{offset:.3f} + {height:.3f} (N / {counts[0]:,})^-{alpha:.3f}"
+        term = f"{offset:.3f} + {height:.3f} (N / {sizes[0][0].parameters:,})^-{alpha:.3f}"
         after.insert(0, f"L(N) = {term}, N the parameters of the blocks; three figures fitted to {len(sizes)} means")
     return Table(
         "Scaling law",
@@ -208,23 +206,23 @@ def scaling(found: Sequence[Run]) -> Table:
     )  # fmt: skip
 
 
+def _laid(sizes: Sequence[Sequence[Run]]) -> tuple[list[float], list[float], tuple[float, float, float]]:
+    """The means over seeds, where the law has them, and its figures; of too few sizes there is none but NaN."""
+    counts = [some[0].parameters for some in sizes]
+    means = [sum(run.nats for run in some) / len(some) for some in sizes]
+    offset, height, alpha = law(counts, means) if len(sizes) >= SIZES else (math.nan,) * 3
+    return means, [offset + height * (count / counts[0]) ** -alpha for count in counts], (offset, height, alpha)
+
+
 def _even(found: Sequence[Run]) -> str | None:
     """What the law leaves where all sizes have read the same; `None` where no length comes in enough seeds of all."""
-    lengths: dict[int, dict[int, list[float]]] = {}
-    for run in found:
-        lengths.setdefault(run.tokens, {}).setdefault(run.parameters, []).append(run.nats)
-    shared = [
-        tokens
-        for tokens, sizes in lengths.items()
-        if len(sizes) >= SIZES and all(len(nats) >= SEEDS for nats in sizes.values())
-    ]
-    if not shared:
-        return None
-    sizes = dict(sorted(lengths[max(shared)].items()))
-    means = [sum(nats) / len(nats) for nats in sizes.values()]
-    offset, height, alpha = law(list(sizes), means)
-    rests = [mean - offset - height * (count / min(sizes)) ** -alpha for count, mean in zip(sizes, means, strict=True)]
-    return f"on {max(shared) / 1e6:.0f}M tokens each a law leaves up to {max(map(abs, rests)):.4f} nats"
+    for tokens in sorted({run.tokens for run in found}, reverse=True):
+        sizes = _longest([run for run in found if run.tokens == tokens])
+        if len(sizes) >= SIZES and all(len(some) >= SEEDS for some in sizes):
+            means, laid, _ = _laid(sizes)
+            most = max(abs(mean - fitted) for mean, fitted in zip(means, laid, strict=True))
+            return f"on {tokens / 1e6:.0f}M tokens each a law leaves up to {most:.4f} nats"
+    return None
 
 
 def _longest(found: Sequence[Run]) -> list[list[Run]]:

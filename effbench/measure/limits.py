@@ -113,10 +113,12 @@ def _multiplied(name: str, device: str) -> float | None:
 
     # of random numbers: a GPU multiplies ones and zeros at a higher clock
     numbers = (40 * torch.randn(SIDES[device], SIDES[device], device=device)).to(getattr(torch, name))
-    side, eight = len(numbers), name == "int8"
-    product: Callable[[], Tensor] = lambda: torch._int_mm(numbers, numbers) if eight else numbers @ numbers  # noqa: E731
+
+    def product() -> Tensor:
+        return torch._int_mm(numbers, numbers) if name == "int8" else numbers @ numbers
+
     try:
-        return 2 * side**3 / _best(product, device)
+        return 2 * len(numbers) ** 3 / _best(product, device)
     except (RuntimeError, AttributeError, NotImplementedError):
         return None
 

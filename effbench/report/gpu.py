@@ -107,7 +107,6 @@ def _energy(found: list[Row]) -> list[str]:
 
 def products() -> tuple[dict[str, dict[str, list[float]]], list[str]]:
     """Seconds of one product by layer and rows, interleaved; and what had to be left out."""
-
     from effbench.errors import EffbenchError
 
     layers, notes = {"dense": _dense()}, []
@@ -215,8 +214,10 @@ def main() -> None:
     if not (Path(MODELS["random-llama-1b"]) / "config.json").is_file():
         make_model(Path(MODELS["random-llama-1b"]), width=2048, layers=20)
     for where, model in MODELS.items():
-        few: Any = {"rounds": 5, "dense_runs": 1, "threads": 4, "limit": 50, "new_tokens": 32}
-        harness.run(Suite("gpu", model, TECHNIQUES, device="cuda", **few), folder / where)
+        asked = Suite(
+            "gpu", model, TECHNIQUES, device="cuda", rounds=5, dense_runs=1, threads=4, limit=50, new_tokens=32
+        )
+        harness.run(asked, folder / where)
         results.write_atomically(folder / "README.md", page(folder))
 
 

@@ -158,7 +158,7 @@ class FourBitLinear(StoredModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rows = x.numel() // self.in_features
         trained = torch.is_grad_enabled() and x.requires_grad
-        if x.is_cuda and rows and not trained and not self.tiled and self.in_features % self.block_size == 0:
+        if rows and not trained and self._suits_gpu:
             return self._gpu_product(x, bias)
         few = self.tiled and 0 < rows <= KERNEL_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         if not few or trained or not _has_kernel():
@@ -183,16 +183,15 @@ class FourBitLinear(StoredModule):
         return product
 
     @property
+    def _suits_gpu(self) -> bool:
+        """Whether the codes are on a GPU, and as its kernel reads them: no block crosses the end of a row."""
+        return self.codes.is_cuda and not self.tiled and self.in_features % self.block_size == 0
+
+    @property
     def unpacked(self) -> str | None:
-        device = self.codes.device.type
-        if device == "cuda" and not self.tiled and self.in_features % self.block_size == 0:
-            return None
-        if self.tiled and device != "cuda" and _has_kernel():
+        if self._suits_gpu or (self.tiled and not self.codes.is_cuda and _has_kernel()):
             return None
         return "codes are unpacked for each product: no kernel suits such rows, blocks or dtypes here"
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 def tileable(shape: torch.Size, block_size: int, dtype: torch.dtype, device: torch.device) -> bool:

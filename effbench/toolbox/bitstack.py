@@ -109,9 +109,6 @@ class BitStackLinear(StoredModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight_of(self.blocks).to(x.dtype), bias)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 def block_bytes(shape: torch.Size, rank: int, factor_dtype: str) -> int:
     """What one block of a matrix (out, in) takes."""

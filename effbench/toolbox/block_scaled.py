@@ -132,6 +132,3 @@ class BlockScaledLinear(StoredModule):
     @property
     def simulated(self) -> str | None:
         return f"no kernel here multiplies {self.options['format']}: it is unpacked for each product"
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())

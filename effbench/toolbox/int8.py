@@ -78,9 +78,6 @@ class Int8Linear(StoredModule):
         product = product if self.bias is None else product + self.bias.float()
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 def multiplies_int8(rows: int, shape: tuple[int, ...], device: torch.device) -> bool:
     """Whether torch's int8 product takes so many rows and a matrix of `shape` (out, in)."""

@@ -75,6 +75,3 @@ class LLMInt8Linear(StoredModule):
                 codes, self.codes, scales, self.scales, bias=bias, dtype=rows.dtype
             )
         return product
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())

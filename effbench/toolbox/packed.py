@@ -273,9 +273,6 @@ class PackedLinear(StoredModule):
             return None
         return f"codes are unpacked for each product: {compiled.absent()}"
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 def misfit(linear: nn.Linear, group_size: int) -> str | None:
     """Why the rows of `linear` cannot be cut into groups of `group_size` inputs; `None` if they can, or for 0."""

@@ -133,6 +133,3 @@ class QuantoLinear(StoredModule):
     @property
     def unpacked(self) -> str | None:
         return None if self.bits == 8 else "codes are unpacked for each product: no kernel here reads these grids"
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())

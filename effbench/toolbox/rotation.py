@@ -86,9 +86,6 @@ class TurnedLinear(StoredModule):
         bits = self.activation_bits
         return f"inputs are rounded to {bits} bits and multiplied in the model's dtype" if bits < 16 else None
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 class TurnedEmbedding(StoredModule):
     """An embedding table whose rows come out with random signs, turned. A sign takes 8 bits a channel."""

@@ -234,9 +234,6 @@ class SparseLinear(StoredModule):
         faster = rows > 0 and (share <= CSR_SHARE or share * rows <= CSR_ROWS)
         return able and faster
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 class SparsePackedLinear(PackedLinear):
     """A linear layer over the packed codes of those weights that are not zero; all options but two are PackedLinear's.

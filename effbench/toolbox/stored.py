@@ -29,6 +29,9 @@ class StoredModule(nn.Module):
         """Why, where its tensors are, its weights are unpacked for a single row, too: it has no kernel there."""
         return None
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
 
 def remarks(modules: Iterable[nn.Module], kind: str) -> list[str]:
     """What stored modules say about themselves, `kind` being "simulated" or "unpacked"; each sentence once."""

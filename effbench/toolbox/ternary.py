@@ -188,9 +188,6 @@ class TernaryLinear(StoredModule):
             return "codes are unpacked for each product: no kernel here multiplies ternary codes"
         return None if compiled.kernel() else f"codes are unpacked for each product: {compiled.absent()}"
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
 
 def pack_fives(digits: Tensor) -> Tensor:
     """`digits` (any shape) of type uint8 in {0, 1, 2} as flat bytes, five to a byte.
